@@ -1,0 +1,42 @@
+"""Differentiable ODE solvers for JAX: one contract, a family of adjoints."""
+
+from adjoint_jax.adjoints.discrete import DiscreteAdjoint
+from adjoint_jax.controllers.grids import FixedSteps, StepTo
+from adjoint_jax.controllers.step_sizes import ConstantStepSize, PIDController, rms_norm
+from adjoint_jax.saveat import SaveAt
+from adjoint_jax.solution import Solution, SolveError, Stats, Status
+from adjoint_jax.solve import odeint, solve
+from adjoint_jax.solvers.explicit_runge_kutta import ExplicitRungeKutta
+from adjoint_jax.solvers.high_order import Dopri8, Vern7
+from adjoint_jax.solvers.methods import RK4, Bosh3, Dopri5, Euler, Heun, Midpoint, Ralston, Tsit5
+from adjoint_jax.solvers.tableau import ButcherTableau
+
+__all__ = [
+    "RK4",
+    "Bosh3",
+    "ButcherTableau",
+    "ConstantStepSize",
+    "DiscreteAdjoint",
+    "Dopri5",
+    "Dopri8",
+    "Euler",
+    "ExplicitRungeKutta",
+    "FixedSteps",
+    "Heun",
+    "Midpoint",
+    "PIDController",
+    "Ralston",
+    "SaveAt",
+    "Solution",
+    "SolveError",
+    "Stats",
+    "Status",
+    "StepTo",
+    "Tsit5",
+    "Vern7",
+    "odeint",
+    "rms_norm",
+    "solve",
+]
+
+__version__ = "0.1.0"

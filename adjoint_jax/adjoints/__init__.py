@@ -1,0 +1,1 @@
+"""Adjoints: how a solve is differentiated."""

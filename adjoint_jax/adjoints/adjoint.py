@@ -1,0 +1,139 @@
+"""What an adjoint is, and what all adjoints share."""
+
+import abc
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, PyTree
+
+from adjoint_jax import tree
+from adjoint_jax.integrate import Integrator, Outcome, Report
+from adjoint_jax.interpolation import Interpolant
+from adjoint_jax.problem import Problem, flow_cotangent
+from adjoint_jax.recorders import AbstractRecorder, DenseRecorder, RowRecorder, StateRecorder, States
+from adjoint_jax.saveat import Requests, Rows
+from adjoint_jax.solution import Status
+from adjoint_jax.tree import Arrays, Scalar
+
+
+class Saved(NamedTuple):
+    """What an adjoint differentiates: the final state (NaN if t1 was not reached), and what was requested."""
+
+    y1: Arrays
+    rows: tuple[Arrays, ...]
+    states: States | None
+    dense: Interpolant | None
+
+
+class Inputs(NamedTuple):
+    """What it differentiates with respect to."""
+
+    problem: Problem
+    requests: Requests
+
+
+class AbstractAdjoint(eqx.Module):
+    """A way to differentiate a solve."""
+
+    @abc.abstractmethod
+    def solve(
+        self, integrator: Integrator, problem: Problem, requests: Requests, valid: Bool[Array, ""]
+    ) -> tuple[Saved, Report]:
+        """Integrate, with a derivative of `Saved` with respect to every inexact array of problem and requests."""
+
+
+def recorders(inputs: Inputs, integrator: Integrator) -> list[AbstractRecorder]:
+    """The recorders that a solve needs for its own sake: one for each of the requested rows, then states, then dense."""
+    problem, requests = inputs
+    chosen: list[AbstractRecorder] = [RowRecorder(rows, problem, integrator.solver) for rows in requests.rows]
+    chosen += [StateRecorder()] * requests.states
+    chosen += [DenseRecorder(integrator.solver)] * requests.dense
+    return chosen
+
+
+def saved(requests: Requests, outcome: Outcome) -> Saved:
+    """What the recorders of `recorders` have saved; records of further recorders are ignored."""
+    records = list(outcome.records)
+    count = len(requests.rows)
+    states = records[count] if requests.states else None
+    dense = records[count + requests.states] if requests.dense else None
+    failed = outcome.report.status != Status.SUCCESS
+    y1 = tree.map(lambda leaf: jnp.where(failed, jnp.nan, leaf), outcome.y)
+    return Saved(y1, tuple(records[:count]), states, dense)
+
+
+def integrate(inputs: Inputs, integrator: Integrator, valid: Bool[Array, ""]) -> tuple[Saved, Report]:
+    """A solve without anything that a derivative would need."""
+    outcome = integrator(inputs.problem, recorders(inputs, integrator), valid)
+    return saved(inputs.requests, outcome), outcome.report
+
+
+def materialise(cotangent: PyTree[Any], like: Arrays) -> Arrays:
+    """The cotangent with zeros in place of None, which stands for a cotangent known to be zero."""
+    return jax.tree.map(
+        lambda leaf, g: jnp.zeros_like(leaf) if g is None else g, like, cotangent, is_leaf=lambda x: x is None
+    )
+
+
+def is_zero(cotangent: PyTree[Any]) -> bool:
+    """Whether a cotangent is known to be zero at trace time."""
+    return not jax.tree.leaves(cotangent)
+
+
+def blame(cotangent: Arrays, unreached: Bool[Array, "..."]) -> Arrays:
+    """NaN for a cotangent that asks for the derivative of what was not reached, zero where nothing is asked.
+
+    So a failed lane whose value the loss has masked out gives no NaN to what the lanes share.
+    """
+
+    def leaf_blame(g: Array) -> Array:
+        missed = unreached.reshape(unreached.shape + (1,) * (g.ndim - unreached.ndim))
+        return jnp.where(missed, jnp.where(g == 0, 0, jnp.nan), g).astype(g.dtype)
+
+    return tree.map(leaf_blame, cotangent)
+
+
+def times_cotangent(problem: Problem, rows: Rows, states: Arrays, cotangent: Arrays) -> Array:
+    """dJ/dts of saved rows: how they change as the state is carried along the flow."""
+
+    def one(t: Scalar, y: Arrays, g: Arrays) -> Scalar:
+        slope = problem.field(t, y)
+
+        def along_flow(time: Scalar) -> Arrays:
+            return rows.apply(time, tree.add(y, tree.scale(time - t, slope)), problem.args)
+
+        return jax.vjp(along_flow, t)[1](g)[0]
+
+    return jax.vmap(one)(rows.ts, states, cotangent)
+
+
+def ends_cotangent(
+    problem: Problem, integrator: Integrator, perturbed: Problem, at_end: tuple[Arrays, Arrays], a0: Arrays
+) -> tuple[Scalar | None, Scalar | None]:
+    """dJ/dt0 = -<a(t0), f(t0, y0)> and dJ/dt1 = <dJ/dy1, f(t1, y1)>, each None if nobody asks. `at_end`: y1, dJ/dy1."""
+    ends = integrator.controller.interval(problem.t0, problem.t1)
+    y1, g1 = at_end
+    t0 = -flow_cotangent(problem, ends.first, problem.y0, a0) if perturbed.t0 else None
+    t1 = flow_cotangent(problem, ends.last, y1, g1) if perturbed.t1 else None
+    return t0, t1
+
+
+def undifferentiable(values: PyTree[Any], explanation: str) -> PyTree[Any]:
+    """The values; differentiating with respect to their arrays raises `TypeError` with the explanation."""
+
+    @jax.custom_jvp
+    def identity(arrays: PyTree[Array]) -> PyTree[Array]:
+        return arrays
+
+    def refuse(primals: Sequence[Any], tangents: Sequence[Any]) -> tuple[Any, Any]:
+        is_zero = [isinstance(t, jax.custom_derivatives.SymbolicZero) for t in jax.tree.leaves(tangents)]
+        if not all(is_zero):
+            raise TypeError(explanation)
+        return primals[0], tangents[0]
+
+    identity.defjvp(refuse, symbolic_zeros=True)
+    arrays, rest = eqx.partition(values, eqx.is_inexact_array)
+    return eqx.combine(identity(arrays), rest)

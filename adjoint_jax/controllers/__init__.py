@@ -1,0 +1,1 @@
+"""Controllers: which steps to take."""

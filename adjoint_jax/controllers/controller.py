@@ -1,0 +1,119 @@
+"""What a controller is: the choice of the grid on which a method steps."""
+
+import abc
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, DTypeLike, Float, PyTree
+
+from adjoint_jax.problem import Interval, Problem
+from adjoint_jax.solvers.explicit_runge_kutta import ExplicitRungeKutta, Step
+from adjoint_jax.tree import Arrays, Scalar
+
+
+class Proposal(NamedTuple):
+    """The next step size (signed), what the controller remembers, and the field evaluations spent on finding it."""
+
+    h: Scalar
+    memory: PyTree[Any]
+    evaluations: int
+
+
+class Verdict(NamedTuple):
+    """Whether an attempted step is accepted, whether it was finite, and what to try next."""
+
+    accepted: Bool[Array, ""]
+    finite: Bool[Array, ""]
+    h: Scalar
+    memory: PyTree[Any]
+
+
+class AbstractController(eqx.Module):
+    """Chooses the steps. Either all at once (`AbstractGrid`) or one after the other (`AbstractStepSize`)."""
+
+    @abc.abstractmethod
+    def prepare(self, dtype: DTypeLike) -> "AbstractController":
+        """The same controller with arrays for its numbers, times in the given dtype.
+
+        Raises `ValueError` for numbers that make no sense.
+        """
+
+    @property
+    def given_times(self) -> Any:
+        """Times given by the user that must run from t0 to t1, or None."""
+        return None
+
+    def grid(self, t0: Scalar, t1: Scalar) -> Float[Array, " times"] | None:
+        """All times of the grid from t0 to t1, or None if the steps depend on the solution."""
+        del t0, t1
+        return None
+
+    def interval(self, start: Scalar, end: Scalar) -> Interval:
+        """The step from start to end, with the times at which the field stands for its two ends."""
+        return Interval(start, end, start, end)
+
+
+class AbstractGrid(AbstractController):
+    """A controller whose grid is known before the solution is."""
+
+    @abc.abstractmethod
+    def grid(self, t0: Scalar, t1: Scalar) -> Float[Array, " times"]:
+        """All times of the grid, the first t0 and the last t1."""
+
+
+class AbstractStepSize(AbstractController):
+    """A controller that proposes one step at a time and stops exactly at the times where the field jumps or kinks."""
+
+    jump_ts: eqx.AbstractVar[Any]
+
+    @abc.abstractmethod
+    def first(self, problem: Problem, solver: ExplicitRungeKutta, slope: Arrays, dt0: Scalar | None) -> Proposal:
+        """The first step size; `slope` is the field at t0."""
+
+    @abc.abstractmethod
+    def judge(self, solver: ExplicitRungeKutta, step: Step, proposal: Scalar, memory: PyTree[Any]) -> Verdict:
+        """Accept or reject a step of the proposed size (or shorter, where it would have passed a time to stop at)."""
+
+    @abc.abstractmethod
+    def smallest(self, t: Scalar) -> Scalar:
+        """The step size at t below which the integration gives up."""
+
+    @abc.abstractmethod
+    def unresolvable(self, y: Arrays) -> Bool[Array, ""]:
+        """Whether the tolerances ask for more digits than the state's dtype has."""
+
+    def next_stop(self, t: Scalar, t1: Scalar) -> Scalar:
+        """The next time after t that a step must not pass."""
+        if self.jump_ts is None:
+            return t1
+        ahead = jnp.where((self.jump_ts - t) * (t1 - t) > 0, jnp.abs(self.jump_ts - t), jnp.inf)
+        nearest = jnp.argmin(ahead)
+        return jnp.where(ahead[nearest] < jnp.abs(t1 - t), self.jump_ts[nearest], t1)
+
+    def jumps_at(self, t: Scalar) -> Bool[Array, ""]:
+        """Whether the field jumps at t. Only called where `jump_ts` is given."""
+        return jnp.any(self.jump_ts == t)
+
+    def interval(self, start: Scalar, end: Scalar) -> Interval:
+        if self.jump_ts is None:
+            return Interval(start, end, start, end)
+        first = jnp.where(self.jumps_at(start), nudge(start, end), start)
+        last = jnp.where(self.jumps_at(end), nudge(end, start), end)
+        return Interval(start, end, first, last)
+
+
+def nudge(t: Scalar, towards: Scalar) -> Scalar:
+    """The floating-point number next to t; as a function of t it has slope one."""
+    return t + jax.lax.stop_gradient(jnp.nextafter(t, towards) - t)
+
+
+def canonical_jumps(jump_ts: Any, dtype: DTypeLike) -> Float[Array, " jumps"] | None:
+    """The jump times as an array, None if there are none. Raises `ValueError` unless they are one-dimensional."""
+    if jump_ts is None or jnp.size(jump_ts) == 0:
+        return None
+    jump_ts = jnp.asarray(jump_ts, dtype)
+    if jump_ts.ndim != 1:
+        raise ValueError(f"jump_ts must be a one-dimensional array of times, got shape {jump_ts.shape}.")
+    return jump_ts

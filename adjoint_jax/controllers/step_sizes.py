@@ -1,0 +1,230 @@
+"""Step sizes chosen one after the other: constant, or by an error estimate."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, DTypeLike, PyTree
+
+from adjoint_jax import tree
+from adjoint_jax.controllers.controller import AbstractStepSize, Proposal, Verdict, canonical_jumps
+from adjoint_jax.problem import Problem
+from adjoint_jax.solvers.explicit_runge_kutta import ExplicitRungeKutta, Step
+from adjoint_jax.tree import Arrays, Scalar
+
+
+class ConstantStepSize(AbstractStepSize):
+    """Steps of size `dt` (a positive number, traced: changing it recompiles nothing); the last one, and one that ends at
+    a time of `jump_ts`, is shorter. A step whose result is not finite ends the integration."""
+
+    dt: Any
+    jump_ts: Any = None
+
+    def prepare(self, dtype: DTypeLike) -> "ConstantStepSize":
+        dt = _positive("ConstantStepSize(dt)", self.dt, dtype)
+        return ConstantStepSize(dt, canonical_jumps(self.jump_ts, dtype))
+
+    def first(self, problem: Problem, solver: ExplicitRungeKutta, slope: Arrays, dt0: Scalar | None) -> Proposal:
+        del solver, slope
+        if dt0 is not None:
+            raise ValueError("dt0 is the first step of an adaptive controller; ConstantStepSize has its own dt.")
+        return Proposal(self.dt * jnp.sign(problem.t1 - problem.t0), (), 0)
+
+    def judge(self, solver: ExplicitRungeKutta, step: Step, proposal: Scalar, memory: PyTree[Any]) -> Verdict:
+        del solver
+        finite = tree.all_finite(step.y1)
+        return Verdict(finite, finite, jnp.where(finite, proposal, 0.0), memory)
+
+    def smallest(self, t: Scalar) -> Scalar:
+        return _resolution(t)
+
+    def unresolvable(self, y: Arrays) -> Bool[Array, ""]:
+        del y
+        return jnp.array(False)
+
+
+class _Errors(NamedTuple):
+    """Error ratios of the last two accepted steps, and whether the last attempt was rejected."""
+
+    last: Scalar
+    before: Scalar
+    rejected: Bool[Array, ""]
+
+
+def rms_norm(scaled: Arrays) -> Scalar:
+    """The root mean square over all entries of all leaves."""
+    leaves = jax.tree.leaves(scaled)
+    count = sum(leaf.size for leaf in leaves)
+    total = sum((jnp.sum(jnp.square(leaf)) for leaf in leaves), start=jnp.zeros(()))
+    return jnp.sqrt(total / max(count, 1))
+
+
+class PIDController(AbstractStepSize):
+    """Adapts the step size to an error estimate, so that the local error stays below `atol + rtol * abs(y)`.
+
+    A step with error ratio r = norm(error / (atol + rtol * max(abs(y0), abs(y1)))) is accepted if r <= 1, and with k one
+    more than the order of the error estimate the next step size is h times
+
+        safety * r_n^(-(P + I + D) / k) * r_{n-1}^((P + 2 D) / k) * r_{n-2}^(-D / k),
+
+    clipped to [factor_min, factor_max] (Söderlind, "Digital filters in adaptive time-stepping", ACM TOMS 29 (2003)).
+    The first step size is chosen as in Hairer, Nørsett and Wanner, "Solving Ordinary Differential Equations I", II.4,
+    unless `solve` is given `dt0`.
+
+    - `rtol`, `atol`: numbers, or pytrees like y (or prefixes of it) of numbers or arrays. Traced: changing them
+      recompiles nothing.
+    - `pcoeff`, `icoeff`, `dcoeff`: P, I, D. The default is a PI controller.
+    - `safety`, `factor_min`, `factor_max`: see above.
+    - `dtmin`, `dtmax`: bounds of abs(h), in units of time. A rejected step that would have to be shorter than `dtmin` ends
+      the integration with `Status.STEP_SIZE_UNDERFLOW`.
+    - `norm`: maps the pytree of scaled errors (real leaves) to a scalar; the root mean square over all entries by default.
+    - `jump_ts`: times, in any order, at which the field or a derivative of it jumps. They are stepped onto exactly, and
+      the field is evaluated on the right side of each.
+
+    Needs a method with an error estimate.
+    """
+
+    rtol: PyTree[Any] = 1e-5
+    atol: PyTree[Any] = 1e-7
+    pcoeff: Any = 0.2
+    icoeff: Any = 0.5
+    dcoeff: Any = 0.0
+    safety: Any = 0.9
+    factor_min: Any = 0.2
+    factor_max: Any = 10.0
+    dtmin: Any = None
+    dtmax: Any = None
+    norm: Callable[[PyTree[Any]], Scalar] = eqx.field(static=True, default=rms_norm)
+    jump_ts: Any = None
+
+    def prepare(self, dtype: DTypeLike) -> "PIDController":
+        def tolerance(name: str) -> PyTree[Array]:
+            return jax.tree.map(lambda value: _not_negative(f"PIDController({name})", value), getattr(self, name))
+
+        def coefficient(name: str) -> Array:
+            return _not_negative(f"PIDController({name})", getattr(self, name), dtype)
+
+        def bound(name: str) -> Array | None:
+            value = getattr(self, name)
+            return None if value is None else _positive(f"PIDController({name})", value, dtype)
+
+        names = ("pcoeff", "icoeff", "dcoeff", "safety", "factor_min", "factor_max")
+        return PIDController(
+            rtol=tolerance("rtol"),
+            atol=tolerance("atol"),
+            **{name: coefficient(name) for name in names},
+            dtmin=bound("dtmin"),
+            dtmax=bound("dtmax"),
+            norm=self.norm,
+            jump_ts=canonical_jumps(self.jump_ts, dtype),
+        )
+
+    def first(self, problem: Problem, solver: ExplicitRungeKutta, slope: Arrays, dt0: Scalar | None) -> Proposal:
+        if solver.error_order is None:
+            raise ValueError(
+                f"{type(solver).__name__} has no error estimate, which PIDController needs: use ConstantStepSize(dt=...) "
+                "or FixedSteps(n), or a method such as Tsit5()."
+            )
+        span = problem.t1 - problem.t0
+        h = self._first_size(problem, solver.error_order, slope) if dt0 is None else dt0
+        size = self._bounded(jnp.minimum(jnp.abs(h), jnp.abs(span)))
+        one = jnp.ones((), span.dtype)
+        memory = _Errors(one, one, jnp.array(False))
+        return Proposal(jax.lax.stop_gradient(size * jnp.sign(span)), memory, 1 if dt0 is None else 0)
+
+    def _first_size(self, problem: Problem, order: int, slope: Arrays) -> Scalar:
+        """Two guesses: one step of explicit Euler changes y by 1 %; the next term of Taylor's series is 1 %."""
+        span = problem.t1 - problem.t0
+        scale = self._scale(problem.y0, problem.y0)
+        d0 = self._ratio(problem.y0, scale, span.dtype)
+        d1 = self._ratio(slope, scale, span.dtype)
+        tiny = 1e-6 * jnp.minimum(1.0, jnp.abs(span))
+        flat = (d0 < 1e-5) | (d1 < 1e-5) | ~jnp.isfinite(d1)
+        guess = jnp.minimum(jnp.where(flat, tiny, 0.01 * d0 / jnp.where(flat, 1.0, d1)), jnp.abs(span))
+        euler = tree.add(problem.y0, tree.scale(guess * jnp.sign(span), slope))
+        change = tree.map(lambda a, b: a - b, problem.field(problem.t0 + guess * jnp.sign(span), euler), slope)
+        d2 = self._ratio(change, scale, span.dtype) / jnp.where(guess > 0, guess, 1.0)
+        steepest = jnp.maximum(d1, d2)
+        still = (steepest <= 1e-15) | ~jnp.isfinite(steepest)
+        second = (0.01 / jnp.where(still, 1.0, steepest)) ** (1.0 / (order + 1))
+        return jnp.minimum(100 * guess, jnp.where(still, jnp.maximum(tiny, 1e-3 * guess), second))
+
+    def judge(self, solver: ExplicitRungeKutta, step: Step, proposal: Scalar, memory: _Errors) -> Verdict:
+        assert solver.error_order is not None
+        y0, y1, error = jax.lax.stop_gradient((step.y0, step.y1, step.error))
+        size = jax.lax.stop_gradient(step.interval.end - step.interval.start)
+        blown = tree.map(lambda e, y: jnp.where(jnp.isfinite(y), jnp.abs(e), jnp.inf), error, y1)
+        ratio = self._ratio(blown, self._scale(y0, y1), size.dtype)
+        accepted, finite = ratio <= 1.0, jnp.isfinite(ratio)
+        factor = jnp.where(finite, self._factor(ratio, memory, solver.error_order + 1), self.factor_min)
+        factor = jnp.minimum(factor, jnp.where(accepted & ~memory.rejected, self.factor_max, 1.0))
+        adapted = self._bounded(jnp.abs(size) * factor)
+        # A step cut short to end at a given time says little about the size that it was cut from.
+        cut_short = accepted & (jnp.abs(size) < jnp.abs(proposal))
+        adapted = jnp.where(cut_short, jnp.maximum(adapted, jnp.abs(proposal)), adapted)
+        remembered = _Errors(
+            jnp.where(accepted, ratio, memory.last), jnp.where(accepted, memory.last, memory.before), ~accepted
+        )
+        return Verdict(accepted, finite, adapted * jnp.sign(proposal), remembered)
+
+    def _factor(self, ratio: Scalar, memory: _Errors, k: int) -> Scalar:
+        p, i, d = self.pcoeff, self.icoeff, self.dcoeff
+        least = jnp.finfo(ratio.dtype).tiny ** 0.25
+        now, last, before = (jnp.maximum(r, least) for r in (ratio, memory.last, memory.before))
+        factor = self.safety * now ** (-(p + i + d) / k) * last ** ((p + 2 * d) / k) * before ** (-d / k)
+        return jnp.clip(factor, self.factor_min, self.factor_max)
+
+    def smallest(self, t: Scalar) -> Scalar:
+        return _resolution(t) if self.dtmin is None else jnp.maximum(_resolution(t), self.dtmin)
+
+    def unresolvable(self, y: Arrays) -> Bool[Array, ""]:
+        rounding = tree.map(lambda leaf: jnp.finfo(leaf.dtype).eps * leaf, y)
+        return self._ratio(rounding, self._scale(y, y), jnp.float32) > 1.0
+
+    def _bounded(self, size: Scalar) -> Scalar:
+        return size if self.dtmax is None else jnp.minimum(size, self.dtmax)
+
+    def _scale(self, y0: Arrays, y1: Arrays) -> Arrays:
+        """atol + rtol max(|y0|, |y1|), leafwise, in each leaf's real dtype."""
+        rtol, atol = _broadcast_prefix("rtol", self.rtol, y0), _broadcast_prefix("atol", self.atol, y0)
+
+        def leaf_scale(a: Array, b: Array, r: Array, s: Array) -> Array:
+            dtype = tree.real_dtype(a.dtype)
+            return s.astype(dtype) + r.astype(dtype) * jnp.maximum(jnp.abs(a), jnp.abs(b))
+
+        return tree.map(leaf_scale, y0, y1, rtol, atol)
+
+    def _ratio(self, value: Arrays, scale: Arrays, dtype: DTypeLike) -> Scalar:
+        scaled = tree.map(lambda v, s: jnp.abs(v) / jnp.where((v == 0) & (s == 0), 1, s), value, scale)
+        return jnp.asarray(self.norm(scaled)).astype(dtype)
+
+
+def _broadcast_prefix(name: str, prefix: PyTree[Array], full: Arrays) -> PyTree[Array]:
+    try:
+        return jax.tree.map(lambda value, subtree: jax.tree.map(lambda _: value, subtree), prefix, full)
+    except ValueError as error:
+        raise ValueError(
+            f"PIDController({name}) must be a number or a pytree like y0 (or a prefix of it): got structure "
+            f"{jax.tree.structure(prefix)} for a state of structure {jax.tree.structure(full)}."
+        ) from error
+
+
+def _resolution(t: Scalar) -> Scalar:
+    """The distance between neighbouring floating-point times around t, a few times over."""
+    info = jnp.finfo(t.dtype)
+    return jnp.maximum(4 * info.eps * jnp.abs(t), 16 * info.tiny)
+
+
+def _not_negative(name: str, value: Any, dtype: DTypeLike | None = None) -> Array:
+    if not isinstance(value, jax.core.Tracer) and not np.all(np.asarray(value) >= 0):
+        raise ValueError(f"{name} must not be negative, got {value}.")
+    return jnp.asarray(value, jnp.result_type(float) if dtype is None else dtype)
+
+
+def _positive(name: str, value: Any, dtype: DTypeLike) -> Array:
+    if not isinstance(value, jax.core.Tracer) and not np.all(np.asarray(value) > 0):
+        raise ValueError(f"{name} must be positive, got {value}.")
+    return jnp.asarray(value, dtype)

@@ -1,0 +1,70 @@
+"""Dense output: a step's interpolant, and the interpolant of a whole trajectory."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from adjoint_jax import tree
+from adjoint_jax.tree import Arrays, Scalar
+
+
+class Interpolant(NamedTuple):
+    """A polynomial on a step: y(start + s (end - start)) = y0 + sum over p >= 1 of s^p coefficients[p - 1].
+
+    Of one step, or of many with a leading axis on every array.
+    """
+
+    start: Scalar | Float[Array, " steps"]
+    end: Scalar | Float[Array, " steps"]
+    y0: Arrays
+    coefficients: Arrays
+
+    def evaluate(self, t: Scalar) -> Arrays:
+        """The state at t, in the dtype of y0. A step of no length gives y0."""
+        return tree.map(lambda y, q: y + _horner(self.fraction(t), q), self.y0, self.coefficients)
+
+    def fraction(self, t: Scalar) -> Scalar:
+        """The place of t in the step: 0 at its start, 1 at its end."""
+        length = self.end - self.start
+        return jnp.where(length == 0, 0.0, (t - self.start) / jnp.where(length == 0, 1.0, length))
+
+
+def powers(fraction: Scalar, degree: int) -> Float[Array, " degree"]:
+    """s, s^2, ..., s^degree: the weights of an interpolant's coefficients."""
+    return fraction ** jnp.arange(1, degree + 1)
+
+
+def _horner(fraction: Scalar, coefficients: Array) -> Array:
+    s = fraction.astype(tree.real_dtype(coefficients.dtype))
+    value = coefficients[-1]
+    for row in coefficients[-2::-1]:
+        value = row + s * value
+    return s * value
+
+
+def locate(ends: Float[Array, " steps"], count: Int[Array, ""], t: Scalar, direction: Scalar) -> Int[Array, ""]:
+    """The index of the first of the `count` steps that reaches t. Steps of no length are never chosen for a later t."""
+    before = (ends * direction < t * direction) & (jnp.arange(ends.shape[0]) < count)
+    return jnp.sum(before, dtype=jnp.int32)
+
+
+class Trajectory(NamedTuple):
+    """The interpolants of all steps, `count` of them valid, from t0 to the time reached."""
+
+    steps: Interpolant
+    count: Int[Array, ""]
+    t0: Scalar
+    reached: Scalar
+
+    def evaluate(self, t: Scalar) -> Arrays:
+        """The state at t; NaN outside of [t0, reached]."""
+        direction = jnp.where(self.reached < self.t0, -1, 1).astype(self.t0.dtype)
+        index = jnp.clip(self._search(t, direction), 0, jnp.maximum(self.count - 1, 0))
+        value = tree.take(self.steps, index).evaluate(t)
+        inside = (t * direction >= self.t0 * direction) & (t * direction <= self.reached * direction)
+        return tree.map(lambda leaf: jnp.where(inside, leaf, jnp.nan), value)
+
+    def _search(self, t: Scalar, direction: Scalar) -> Int[Array, ""]:
+        padded = jnp.where(jnp.arange(self.steps.end.shape[0]) < self.count, self.steps.end * direction, jnp.inf)
+        return jnp.searchsorted(padded, t * direction, side="left").astype(jnp.int32)

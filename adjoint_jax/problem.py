@@ -1,0 +1,123 @@
+"""The initial value problem: everything that receives a gradient."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, DTypeLike, PyTree
+
+from adjoint_jax import tree
+from adjoint_jax.tree import Arrays, Scalar
+
+VectorField = Callable[[Scalar, PyTree[Any], PyTree[Any]], PyTree[Any]]
+
+
+class Interval(NamedTuple):
+    """One step's stretch of time.
+
+    `first` and `last` are the times at which the field is evaluated for the step's two ends: `start` and `end`
+    themselves, or the neighbouring floating-point numbers inside the step where the field jumps at an end.
+    """
+
+    start: Scalar
+    end: Scalar
+    first: Scalar
+    last: Scalar
+
+
+class Problem(eqx.Module):
+    """dy/dt = vector_field(t, y, args) from y(t0) = y0 to t1.
+
+    Every inexact array in it receives a gradient. Values that the user's vector field closes over have become leaves of
+    `vector_field` (`hoist` does that), so there is no other road for a gradient to take.
+    """
+
+    vector_field: VectorField
+    args: PyTree[Any]
+    y0: Arrays
+    t0: Scalar
+    t1: Scalar
+
+    def field(self, t: Scalar, y: Arrays) -> Arrays:
+        """dy/dt, with the structure, shapes and dtypes of y."""
+        return self.vector_field(t, y, self.args)
+
+    @property
+    def parameters(self) -> PyTree[Any]:
+        """The inexact arrays on which the field depends besides (t, y): its own leaves and those of `args`."""
+        return eqx.filter((self.vector_field, self.args), eqx.is_inexact_array)
+
+    def field_at(self, t: Scalar, y: Arrays, parameters: PyTree[Any]) -> Arrays:
+        """dy/dt as a function of the parameters too, for derivatives with respect to them."""
+        static = eqx.filter((self.vector_field, self.args), eqx.is_inexact_array, inverse=True)
+        vector_field, args = eqx.combine(parameters, static)
+        return vector_field(t, y, args)
+
+
+def hoist(vector_field: VectorField, t: Scalar, y: Arrays, args: PyTree[Any]) -> VectorField:
+    """The vector field as a pytree that holds every array it closes over.
+
+    Its output is checked against y at trace time and cast to y's dtypes, so that a float32 state stays float32 even
+    where the field computes with float64 times.
+
+    Raises `TypeError` or `ValueError` if the field returns another structure, other shapes, or complex for real.
+    """
+
+    def checked(t: Scalar, y: Arrays, args: PyTree[Any]) -> Arrays:
+        dy = vector_field(t, y, args)
+        if jax.tree.structure(dy) != jax.tree.structure(y):
+            raise TypeError(
+                "vector_field(t, y, args) must return a pytree like y0: expected structure "
+                f"{jax.tree.structure(y)}, got {jax.tree.structure(dy)}."
+            )
+        return jax.tree.map(_like, dy, y)
+
+    return eqx.filter_closure_convert(checked, t, y, args)
+
+
+def _like(derivative: Any, leaf: Array) -> Array:
+    derivative = jnp.asarray(derivative)
+    if derivative.shape != leaf.shape:
+        raise ValueError(
+            f"vector_field(t, y, args) must return the shapes of y0: expected {leaf.shape}, got {derivative.shape}."
+        )
+    if jnp.iscomplexobj(derivative) and not jnp.iscomplexobj(leaf):
+        raise TypeError(
+            f"vector_field returned {derivative.dtype} for a state of dtype {leaf.dtype}: make y0 complex, or return the "
+            "real part."
+        )
+    return derivative.astype(leaf.dtype)
+
+
+def canonical_state(y0: PyTree[Any]) -> Arrays:
+    """y0 with arrays for leaves. Raises `TypeError` for leaves that are not real or complex floating-point numbers."""
+
+    def canonical(path: Any, leaf: Any) -> Array:
+        try:
+            array = jnp.asarray(leaf)
+        except TypeError as error:
+            raise TypeError(f"y0{jax.tree_util.keystr(path)} must be an array, got {leaf!r}.") from error
+        if not jnp.issubdtype(array.dtype, jnp.inexact):
+            raise TypeError(
+                f"y0{jax.tree_util.keystr(path)} has dtype {array.dtype}, but a state must be of real or complex "
+                "floating-point numbers: write 1.0 for 1, or cast with .astype(float)."
+            )
+        return array.astype(array.dtype)
+
+    return jax.tree_util.tree_map_with_path(canonical, y0)
+
+
+def time_dtype(*times: Any) -> DTypeLike:
+    """The common dtype of times: at least float32; the default float if all are Python numbers or integers."""
+    present = [time for time in times if time is not None]
+    common = jnp.result_type(*present)
+    if not jnp.issubdtype(common, jnp.floating):
+        common = jnp.result_type(float)
+    return jnp.promote_types(common, jnp.float32)
+
+
+def flow_cotangent(problem: Problem, t: Scalar, y: Arrays, cotangent: Arrays) -> Scalar:
+    """<a, f(t, y)>: the derivative of a loss with respect to the time at which the state y is reached."""
+    return tree.pairing(cotangent, problem.field(t, y)).astype(problem.t0.dtype)

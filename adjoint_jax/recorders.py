@@ -1,0 +1,180 @@
+"""What the forward loops write down. The loops know recorders by this protocol alone.
+
+A loop fills *segments* of a static number of slots, one slot per step. In every slot it calls `step`, after every segment
+`flush`. Slots are the same for all lanes of a `vmap`: a lane that had nothing to record in a slot has a step of no length
+there, so that all writes are plain slice updates.
+"""
+
+import abc
+from typing import Any, ClassVar, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+from adjoint_jax import tree
+from adjoint_jax.interpolation import Interpolant, locate
+from adjoint_jax.lanes import max_lane, min_lane
+from adjoint_jax.problem import Problem
+from adjoint_jax.saveat import Rows
+from adjoint_jax.solvers.explicit_runge_kutta import ExplicitRungeKutta, Step
+from adjoint_jax.tree import Arrays, Scalar
+
+
+class Place(NamedTuple):
+    """Where a loop stands: the slot over all segments, the slot within this segment, and the segment's first time."""
+
+    slot: Int[Array, ""]
+    position: Int[Array, ""]
+    segment_start: Scalar
+
+
+class AbstractRecorder(eqx.Module):
+    """Writes down something of every step."""
+
+    interpolates: ClassVar[bool] = False
+    """Whether it needs the stages of the dense output."""
+
+    @property
+    def segment_limit(self) -> int | None:
+        """How many steps it can hold before `flush` must be called; None for any number."""
+        return None
+
+    @abc.abstractmethod
+    def start(self, problem: Problem, slots: int, segment: int) -> Any:
+        """The empty record, for at most `slots` steps in segments of `segment`."""
+
+    @abc.abstractmethod
+    def step(self, record: Any, place: Place, step: Step, accepted: Bool[Array, ""]) -> Any:
+        """Write a step into the slot. If it was not accepted, in this lane, the slot holds a step of no length; if in no
+        lane, the slot will be written again."""
+
+    def flush(self, record: Any, place: Place, now: Scalar) -> Any:
+        """Called when a segment is full (`place.position` slots of it) or the integration has ended, at time `now`."""
+        del place, now
+        return record
+
+    def wants_dense(self, start: Scalar, end: Scalar) -> Bool[Array, ""]:
+        """Whether the step from start to end will be interpolated. Asked only of recorders that interpolate."""
+        del start, end
+        return jnp.array(True)
+
+
+class Window(NamedTuple):
+    """A row recorder's interpolants of this segment's steps, and all rows."""
+
+    recent: Interpolant
+    rows: Arrays
+
+
+class RowRecorder(AbstractRecorder):
+    """Saves `rows.fn(t, y(t), args)` at given times: holds the interpolants of a segment, then evaluates all times that
+    the segment covers, in blocks. So a step costs one write, hundreds of times inside it cost one pass, and lanes that
+    have come to different times share all indices."""
+
+    interpolates: ClassVar[bool] = True
+    longest_segment: ClassVar[int] = 64
+    segment_bytes: ClassVar[int] = 64 * 1024
+
+    rows: Rows
+    problem: Problem
+    solver: ExplicitRungeKutta
+
+    @property
+    def segment_limit(self) -> int:
+        interpolant_bytes = tree.size_in_bytes(self.problem.y0) * (1 + self.solver.dense_degree)
+        return max(1, min(self.longest_segment, self.segment_bytes // max(1, interpolant_bytes)))
+
+    def start(self, problem: Problem, slots: int, segment: int) -> Window:
+        del slots
+        at_t0 = self.rows.apply(problem.t0, problem.y0, problem.args)
+
+        def initial(value: Array) -> Array:
+            unknown = jnp.nan if jnp.issubdtype(value.dtype, jnp.inexact) else 0
+            is_t0 = (self.rows.ts == problem.t0).reshape(-1, *[1] * value.ndim)
+            return jnp.where(is_t0, value, jnp.asarray(unknown, value.dtype))
+
+        return Window(_empty_interpolants(problem, self.solver, segment), tree.map(initial, at_t0))
+
+    def step(self, record: Window, place: Place, step: Step, accepted: Bool[Array, ""]) -> Window:
+        interpolant = _interpolant(self.solver, step, accepted)
+        return record._replace(recent=tree.put(record.recent, place.position, interpolant))
+
+    def wants_dense(self, start: Scalar, end: Scalar) -> Bool[Array, ""]:
+        return jnp.any((self.rows.ts - start) * (self.rows.ts - end) <= 0)
+
+    def flush(self, record: Window, place: Place, now: Scalar) -> Window:
+        ts, direction = self.rows.ts, jnp.where(now < place.segment_start, -1, 1).astype(now.dtype)
+        block = min(len(ts), self.segment_limit)
+
+        def count_until(t: Scalar) -> Int[Array, ""]:
+            return jnp.sum(ts * direction <= t * direction, dtype=jnp.int32)
+
+        def save_block(carry: tuple[Int[Array, ""], Arrays]) -> tuple[Int[Array, ""], Arrays]:
+            begin, rows = carry
+            index = jnp.minimum(begin, len(ts) - block)
+            times = jax.lax.dynamic_slice_in_dim(ts, index, block)
+            old = tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, index, block), rows)
+            new = jax.vmap(lambda t, row: self._row(t, row, record.recent, place, now))(times, old)
+            rows = tree.map(lambda leaf, part: jax.lax.dynamic_update_slice_in_dim(leaf, part, index, 0), rows, new)
+            return begin + block, rows
+
+        last = max_lane(count_until(now))
+        first = min_lane(count_until(place.segment_start))
+        return record._replace(rows=jax.lax.while_loop(lambda c: c[0] < last, save_block, (first, record.rows))[1])
+
+    def _row(self, t: Scalar, old: Arrays, recent: Interpolant, place: Place, now: Scalar) -> Arrays:
+        direction = jnp.where(now < place.segment_start, -1, 1).astype(now.dtype)
+        covered = (t * direction > place.segment_start * direction) & (t * direction <= now * direction)
+        interpolant = tree.take(recent, jnp.where(covered, locate(recent.end, place.position, t, direction), 0))
+        inside = jnp.where(covered, t, interpolant.start)
+        return tree.where(covered, self.rows.apply(inside, interpolant.evaluate(inside), self.problem.args), old)
+
+
+class States(NamedTuple):
+    """The end of every recorded step: its time, its state, and whether the slot holds a step of this lane."""
+
+    ts: Float[Array, " slots"]
+    ys: Arrays
+    taken: Bool[Array, " slots"]
+
+
+class StateRecorder(AbstractRecorder):
+    """Saves the state after every step."""
+
+    def start(self, problem: Problem, slots: int, segment: int) -> States:
+        del segment
+        return States(jnp.zeros(slots, problem.t0.dtype), tree.buffer(slots, problem.y0), jnp.zeros(slots, bool))
+
+    def step(self, record: States, place: Place, step: Step, accepted: Bool[Array, ""]) -> States:
+        return tree.put(record, place.slot, States(step.interval.end, step.y1, accepted))
+
+
+class DenseRecorder(AbstractRecorder):
+    """Saves the interpolant of every step."""
+
+    interpolates: ClassVar[bool] = True
+
+    solver: ExplicitRungeKutta
+
+    def start(self, problem: Problem, slots: int, segment: int) -> Interpolant:
+        del segment
+        return _empty_interpolants(problem, self.solver, slots)
+
+    def step(self, record: Interpolant, place: Place, step: Step, accepted: Bool[Array, ""]) -> Interpolant:
+        return tree.put(record, place.slot, _interpolant(self.solver, step, accepted))
+
+
+def _interpolant(solver: ExplicitRungeKutta, step: Step, accepted: Bool[Array, ""]) -> Interpolant:
+    """The step's interpolant, of no length if the step was not accepted."""
+    interpolant = solver.interpolant(step)
+    return interpolant._replace(end=jnp.where(accepted, interpolant.end, interpolant.start))
+
+
+def _empty_interpolants(problem: Problem, solver: ExplicitRungeKutta, count: int) -> Interpolant:
+    """Constant interpolants of no length at (t0, y0)."""
+    times = jnp.full(count, problem.t0)
+    states: PyTree[Array] = tree.map(lambda leaf: jnp.broadcast_to(leaf, (count, *leaf.shape)), problem.y0)
+    coefficients = tree.buffer(count, tree.buffer(solver.dense_degree, problem.y0))
+    return Interpolant(times, times, states, coefficients)

@@ -1,0 +1,276 @@
+"""`solve` and `odeint`."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, DTypeLike, Float, PyTree
+
+from adjoint_jax import tree
+from adjoint_jax.adjoints.adjoint import AbstractAdjoint, Saved, undifferentiable
+from adjoint_jax.adjoints.discrete import DiscreteAdjoint
+from adjoint_jax.controllers.controller import AbstractController
+from adjoint_jax.controllers.step_sizes import PIDController
+from adjoint_jax.errors import raise_on_failure
+from adjoint_jax.integrate import Integrator, Report
+from adjoint_jax.interpolation import Trajectory
+from adjoint_jax.problem import Problem, VectorField, canonical_state, hoist, time_dtype
+from adjoint_jax.saveat import Requests, Rows, SaveAt, hoist_observable
+from adjoint_jax.solution import Solution, Status
+from adjoint_jax.solvers.explicit_runge_kutta import ExplicitRungeKutta
+from adjoint_jax.solvers.methods import Tsit5
+from adjoint_jax.tree import Arrays, Scalar
+
+
+def solve(
+    vector_field: VectorField,
+    t0: Any,
+    t1: Any,
+    y0: PyTree[Any],
+    args: PyTree[Any] = None,
+    *,
+    solver: ExplicitRungeKutta = Tsit5(),
+    controller: AbstractController = PIDController(),
+    saveat: PyTree[SaveAt] = SaveAt(t1=True),
+    adjoint: AbstractAdjoint = DiscreteAdjoint(),
+    dt0: Any = None,
+    max_steps: int = 4096,
+    throw: bool = True,
+) -> Solution:
+    """Solve dy/dt = vector_field(t, y, args), y(t0) = y0, from t0 to t1.
+
+    - `vector_field(t, y, args)`: returns dy/dt, a pytree like y. A function, or an `equinox.Module`, whose arrays receive
+      gradients, as do arrays that a function closes over.
+    - `t0`, `t1`: numbers; t1 < t0 integrates backward. Times have their own dtype, float64 or float32: that of the times
+      given, or JAX's default if they are Python numbers.
+    - `y0`: a pytree of real or complex floating-point arrays, of any shapes. What is saved has its dtypes.
+    - `args`: any pytree, passed on to `vector_field`.
+    - `solver`: the method. `controller`: how it steps. `saveat`: what is saved, a `SaveAt` or a pytree of several.
+    - `adjoint`: how the solve is differentiated.
+    - `dt0`: the first step size of an adaptive controller, in units of time; by default it is estimated.
+    - `max_steps`: the largest number of attempted steps of a controller without a given grid; static.
+    - `throw`: raise `SolveError` if t1 is not reached. If False, see `solution.status`; what was not reached is NaN.
+
+    Differentiable in reverse mode with respect to the arrays of `vector_field` and `args`, y0, t0, t1, `saveat.ts` and
+    whatever `vector_field` and `saveat.fn` close over. Tolerances, `dt0` and jump times are constants: differentiating
+    with respect to them raises `TypeError`.
+
+    Raises `TypeError` or `ValueError` for arguments that do not fit together, `SolveError` as described above; from within
+    a jitted function, JAX's run-time error with the message of the `SolveError`.
+    """
+    saveats, structure = jax.tree.flatten(saveat, is_leaf=lambda node: isinstance(node, SaveAt))
+    _check_arguments(vector_field, solver, controller, saveats, adjoint, max_steps)
+    dtype = time_dtype(t0, t1, *(save.ts for save in saveats if save.ts is not None))
+    _check_times(t0, t1, dtype, saveats, controller)
+    t0, t1 = jnp.asarray(t0, dtype), jnp.asarray(t1, dtype)
+    saveats = [save if save.ts is None else eqx.tree_at(_ts, save, jnp.asarray(save.ts, dtype)) for save in saveats]
+    controller = controller.prepare(dtype)
+    dt0 = None if dt0 is None else jnp.asarray(dt0, dtype)
+    constants = "{} is a constant of the derivative: wrap it in jax.lax.stop_gradient."
+    controller = undifferentiable(controller, constants.format("A controller's tolerance or time"))
+    dt0 = undifferentiable(dt0, constants.format("dt0"))
+    integrator = Integrator(solver, controller, dt0, max_steps)
+    parts, solution = _solve(vector_field, t0, t1, canonical_state(y0), args, integrator, saveats, adjoint)
+    ts, ys = (jax.tree.unflatten(structure, part) for part in zip(*parts, strict=True))
+    solution = Solution(ts, ys, *solution)
+    return raise_on_failure(solution) if throw else solution
+
+
+def odeint(
+    vector_field: VectorField,
+    y0: PyTree[Any],
+    ts: Any,
+    args: PyTree[Any] = None,
+    *,
+    rtol: PyTree[Any] = 1e-5,
+    atol: PyTree[Any] = 1e-7,
+    **options: Any,
+) -> PyTree[Array]:
+    """The solution of dy/dt = vector_field(t, y, args) at the times ts, from y(ts[0]) = y0.
+
+    Every leaf of the result has one row for each time, the first of which is y0. `ts` must be monotone; it may descend.
+    `options` are those of `solve`: `solver`, `adjoint`, `controller` (instead of rtol and atol), `max_steps`, `throw`, ….
+    Gradients, dtypes and errors are those of `solve`.
+    """
+    if np.ndim(ts) != 1 or np.size(ts) == 0:
+        raise ValueError(f"odeint needs ts to be a one-dimensional array of times, got shape {np.shape(ts)}.")
+    if "saveat" in options:
+        raise ValueError("odeint saves at ts; to choose saveat yourself, call solve.")
+    options.setdefault("controller", PIDController(rtol, atol))
+    return solve(vector_field, ts[0], ts[-1], y0, args, saveat=SaveAt(ts), **options).ys
+
+
+@eqx.filter_jit
+def _solve(
+    vector_field: VectorField,
+    t0: Scalar,
+    t1: Scalar,
+    y0: Arrays,
+    args: PyTree[Any],
+    integrator: Integrator,
+    saveats: list[SaveAt],
+    adjoint: AbstractAdjoint,
+) -> tuple[list[tuple[Array | None, PyTree[Any]]], tuple[Any, ...]]:
+    problem = Problem(hoist(vector_field, t0, y0, args), args, y0, t0, t1)
+    saveats = [_hoisted(save, problem) for save in saveats]
+    requests = Requests(
+        rows=tuple(Rows(save.ts, save.fn) for save in saveats if save.ts is not None),
+        states=any(save.steps for save in saveats),
+        dense=any(save.dense for save in saveats),
+    )
+    saved, report = adjoint.solve(integrator, problem, requests, _valid_times(problem, saveats, integrator.controller))
+    report = jax.lax.stop_gradient(report)
+    rows = iter(saved.rows)
+    assembly = [
+        _assemble(save, problem, saved, report, next(rows) if save.ts is not None else None) for save in saveats
+    ]
+    reached = jnp.where(report.status == Status.SUCCESS, t1, report.reached)
+    return assembly, (report.stats, report.status, reached, _trajectory(problem, saved, report, reached))
+
+
+def _hoisted(save: SaveAt, problem: Problem) -> SaveAt:
+    if save.fn is None:
+        return save
+    return eqx.tree_at(lambda s: s.fn, save, hoist_observable(save.fn, problem), is_leaf=lambda node: node is save.fn)
+
+
+def _assemble(
+    save: SaveAt, problem: Problem, saved: Saved, report: Report, inner: Arrays | None
+) -> tuple[Float[Array, " rows"] | None, PyTree[Any]]:
+    """The times and rows of one SaveAt, in the order t0, inner rows, t1."""
+    parts: list[tuple[Array, Arrays]] = []
+    if save.t0:
+        parts.append((problem.t0[None], _single(_observe(save, problem.t0, problem.y0, problem.args))))
+    if save.ts is not None:
+        parts.append((save.ts, inner))
+    if save.steps:
+        parts.append(_step_rows(save, problem, saved, report))
+    if save.t1:
+        parts.append((problem.t1[None], _single(_final_row(save, problem, saved, report))))
+    if not parts:
+        return None, None
+    times, rows = zip(*parts, strict=True)
+    return jnp.concatenate(times), tree.map(lambda *leaves: jnp.concatenate(leaves), *rows)
+
+
+def _observe(save: SaveAt, t: Scalar, y: Arrays, args: PyTree[Any]) -> Arrays:
+    return y if save.fn is None else save.fn(t, y, args)
+
+
+def _final_row(save: SaveAt, problem: Problem, saved: Saved, report: Report) -> Arrays:
+    """y(t1), or what fn makes of it; NaN if t1 was not reached. fn sees y0 then, so that its derivative stays finite."""
+    if save.fn is None:
+        return saved.y1
+    success = report.status == Status.SUCCESS
+    row = _observe(save, problem.t1, tree.where(success, saved.y1, problem.y0), problem.args)
+    return _masked(row, success)
+
+
+def _step_rows(save: SaveAt, problem: Problem, saved: Saved, report: Report) -> tuple[Array, Arrays]:
+    """The states after the accepted steps, moved together to the front; NaN behind them.
+
+    The last one is y(t1) itself, so that derivatives with respect to t1 find it."""
+    states = saved.states
+    assert states is not None
+    order = jnp.argsort(~states.taken, stable=True)
+    valid = jnp.arange(order.size) < report.stats.accepted
+    last = (jnp.arange(order.size) == report.stats.accepted - 1) & (report.status == Status.SUCCESS)
+
+    def gather(leaf: Array, final: Array, fallback: Array) -> Array:
+        shape = (-1,) + (1,) * fallback.ndim
+        rows = jnp.where(valid.reshape(shape), leaf[order], fallback)
+        return jnp.where(last.reshape(shape), final, rows)
+
+    times = jax.lax.stop_gradient(gather(states.ts, problem.t1, problem.t0))
+    rows = jax.vmap(lambda t, y: _observe(save, t, y, problem.args))(
+        times, tree.map(gather, states.ys, saved.y1, problem.y0)
+    )
+    return jnp.where(valid, times, jnp.nan), jax.vmap(_masked)(rows, valid)
+
+
+def _masked(row: Arrays, valid: Bool[Array, ""]) -> Arrays:
+    """NaN in place of floating-point numbers (zero in place of others) where a row is not valid."""
+
+    def mask(leaf: Array) -> Array:
+        missing = jnp.nan if jnp.issubdtype(leaf.dtype, jnp.inexact) else 0
+        return jnp.where(valid, leaf, jnp.asarray(missing, leaf.dtype))
+
+    return tree.map(mask, row)
+
+
+def _single(row: Arrays) -> Arrays:
+    return tree.map(lambda leaf: jnp.asarray(leaf)[None], row)
+
+
+def _trajectory(problem: Problem, saved: Saved, report: Report, reached: Scalar) -> Trajectory | None:
+    if saved.dense is None:
+        return None
+    start, end = jax.lax.stop_gradient((saved.dense.start, saved.dense.end))
+    return Trajectory(saved.dense._replace(start=start, end=end), report.slots, problem.t0, reached)
+
+
+def _check_arguments(
+    vector_field: Any, solver: Any, controller: Any, saveats: list[Any], adjoint: Any, max_steps: Any
+) -> None:
+    if not callable(vector_field):
+        raise TypeError(f"vector_field must be callable as vector_field(t, y, args), got {vector_field!r}.")
+    expected = (
+        ("solver", solver, ExplicitRungeKutta, "such as Tsit5()"),
+        ("controller", controller, AbstractController, "such as PIDController(rtol=1e-6, atol=1e-8)"),
+        ("adjoint", adjoint, AbstractAdjoint, "such as DiscreteAdjoint()"),
+        *(("saveat", save, SaveAt, "or a pytree of them, such as SaveAt(ts)") for save in saveats),
+    )
+    for name, value, kind, example in expected:
+        if isinstance(value, type):
+            raise TypeError(f"{name} must be an instance, got the class {value.__name__}: write {value.__name__}(...).")
+        if not isinstance(value, kind):
+            raise TypeError(f"{name} must be a {kind.__name__} {example}, got {value!r}.")
+    if not isinstance(max_steps, int | np.integer) or max_steps < 1:
+        raise ValueError(f"max_steps must be a positive Python integer (it is static), got {max_steps!r}.")
+
+
+def _check_times(t0: Any, t1: Any, dtype: DTypeLike, saveats: list[SaveAt], controller: AbstractController) -> None:
+    """Raise `ValueError` for times that make no sense, if their values are known now."""
+    for time, name in ((t0, "t0"), (t1, "t1")):
+        if np.ndim(time) != 0:
+            raise ValueError(f"{name} must be a scalar, got shape {np.shape(time)}; use jax.vmap for several.")
+    for save in saveats:
+        if save.ts is not None and (np.ndim(save.ts) != 1 or np.size(save.ts) == 0):
+            raise ValueError(
+                f"SaveAt(ts) must be a one-dimensional array of at least one time, got shape {np.shape(save.ts)}."
+            )
+    given = [t0, t1, controller.given_times, *(save.ts for save in saveats)]
+    if not any(isinstance(time, jax.core.Tracer) for time in given):
+        t0, t1, grid, *ts = (None if time is None else np.asarray(time, dtype) for time in given)
+        for is_wrong, message in _time_faults(t0, t1, grid, ts):
+            if is_wrong:
+                raise ValueError(message)
+
+
+def _valid_times(problem: Problem, saveats: list[SaveAt], controller: AbstractController) -> Bool[Array, ""]:
+    """Whether the times make sense, where their values are known only at run time."""
+    faults = _time_faults(problem.t0, problem.t1, controller.given_times, [save.ts for save in saveats])
+    return ~jnp.any(jnp.stack([is_wrong for is_wrong, _ in faults]))
+
+
+def _time_faults(t0: Any, t1: Any, grid: Any, all_ts: list[Any]) -> Iterator[tuple[Any, str]]:
+    """Conditions that must not hold, each with what it means."""
+    direction = 1 - 2 * (t1 < t0)
+    yield (t0 - t0) + (t1 - t1) != 0, f"t0 and t1 must be finite, got t0 = {t0} and t1 = {t1}."
+    for ts in all_ts:
+        if ts is not None:
+            turns = ~(ts[1:] * direction >= ts[:-1] * direction).all()
+            yield turns, f"SaveAt(ts) must be sorted in the direction from t0 = {t0} to t1 = {t1}, got {ts}."
+            outside = ~((ts[0] * direction >= t0 * direction) & (ts[-1] * direction <= t1 * direction))
+            yield outside, f"SaveAt(ts) must lie between t0 = {t0} and t1 = {t1}, got {ts}."
+    if grid is not None:
+        yield (grid[0] != t0) | (grid[-1] != t1), f"StepTo(ts) must run from t0 = {t0} to t1 = {t1}, got {grid}."
+        turns = ~(grid[1:] * direction >= grid[:-1] * direction).all()
+        yield turns, f"StepTo(ts) must be sorted in the direction from t0 = {t0} to t1 = {t1}, got {grid}."
+
+
+def _ts(save: SaveAt) -> Any:
+    return save.ts

@@ -1,0 +1,200 @@
+"""One step of an explicit Runge-Kutta method, and its transpose."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, PyTree
+
+from adjoint_jax import tree
+from adjoint_jax.interpolation import Interpolant
+from adjoint_jax.problem import Interval, Problem
+from adjoint_jax.solvers.tableau import ButcherTableau
+from adjoint_jax.tree import Arrays, Scalar
+
+Field = Callable[[Scalar, Arrays], Arrays]
+
+
+class Step(NamedTuple):
+    """What one step computed. `stages` are k_1, ..., k_s; `error` is None for a method without an error estimate."""
+
+    interval: Interval
+    y0: Arrays
+    y1: Arrays
+    stages: tuple[Arrays, ...]
+    error: Arrays | None
+
+
+class StepCotangent(NamedTuple):
+    """The derivative of a loss with respect to what one step gave: its end, its start (through what was saved inside the
+    step), and the coefficients of its interpolant (None if nothing was saved inside any step)."""
+
+    y1: Arrays
+    y0: Arrays
+    coefficients: Arrays | None
+
+
+class ExplicitRungeKutta(eqx.Module):
+    """The explicit Runge-Kutta method of a Butcher tableau. Pass a `ButcherTableau` of your own to use another method."""
+
+    tableau: ButcherTableau = eqx.field(static=True)
+
+    @property
+    def order(self) -> int:
+        """Order of the step."""
+        return self.tableau.order
+
+    @property
+    def error_order(self) -> int | None:
+        """Order of the error estimate's embedded method; None without an error estimate."""
+        return self.tableau.error_order
+
+    @property
+    def reuses_last_stage(self) -> bool:
+        """Whether the last stage is the next step's first."""
+        return self.tableau.first_same_as_last
+
+    @property
+    def dense_degree(self) -> int:
+        """Degree of the interpolant."""
+        return len(self.tableau.dense[0])
+
+    @property
+    def extra_stages(self) -> int:
+        """Stages that only the interpolant needs."""
+        return len(self.tableau.dense_c)
+
+    def step(self, field: Field, interval: Interval, y: Arrays, first: Arrays | None) -> Step:
+        """One step from y over the interval. `first` is the field at its start if that is known."""
+        stages = [field(interval.first, y) if first is None else first]
+        stages += self._more_stages(field, interval, y, stages, self.tableau.a[1:], self.tableau.c[1:])
+        h = interval.end - interval.start
+        b_error = self.tableau.b_error
+        return Step(
+            interval=interval,
+            y0=y,
+            y1=tree.add(y, tree.scale(h, tree.weighted_sum(self.tableau.b, stages))),
+            stages=tuple(stages),
+            error=None if b_error is None else tree.scale(h, tree.weighted_sum(b_error, stages)),
+        )
+
+    def with_dense_stages(self, field: Field, step: Step) -> Step:
+        """The step with the stages added that only its interpolant needs."""
+        rows, nodes = self.tableau.dense_a, self.tableau.dense_c
+        more = self._more_stages(field, step.interval, step.y0, list(step.stages), rows, nodes)
+        return step._replace(stages=step.stages + tuple(more))
+
+    def interpolant(self, step: Step) -> Interpolant:
+        """The step's dense output, from a step with its dense stages."""
+        h = step.interval.end - step.interval.start
+        columns = zip(*self.tableau.dense, strict=True)
+        coefficients = tree.stack([tree.weighted_sum(column, step.stages) for column in columns])
+        return Interpolant(step.interval.start, step.interval.end, step.y0, tree.scale(h, coefficients))
+
+    def stage_values(self, step: Step) -> tuple[Float[Array, " stages"], Arrays]:
+        """The times and states at which the step's stages evaluated the field, stacked."""
+        h = step.interval.end - step.interval.start
+        combinations = [tree.weighted_sum(row, step.stages[: len(row)]) for row in self.tableau.a[1:]]
+        states = [step.y0] + [tree.add(step.y0, tree.scale(h, k)) for k in combinations]
+        return self._times(step.interval, self.tableau.c), tree.stack(states)
+
+    # The transposed step. The step is
+    #
+    #     Y_i = y + h sum_j a_ij k_j,   k_i = f(t + c_i h, Y_i, theta),   y+ = y + h sum_i b_i k_i,
+    #
+    # and its interpolant's coefficients are q_p = h sum_i d_ip k_i. Let A = dJ/dy+, G = dJ/dy through what was saved
+    # inside the step and Q_p = dJ/dq_p. Every k_i reaches the loss through y+, through the q_p and through the later
+    # stages Y_j, j > i, so that with kappa_i = dJ/dk_i and mu_i = dJ/dY_i, for i = s, ..., 1,
+    #
+    #     kappa_i = h (b_i A + sum_p d_ip Q_p + sum_{j > i} a_ji mu_j),      mu_i = (df/dy(Y_i))^T kappa_i,
+    #     dJ/dy = A + G + sum_i mu_i,                                         dJ/dtheta += sum_i (df/dtheta(Y_i))^T kappa_i.
+    #
+    # This is a Runge-Kutta method for the adjoint ODE on the same grid: J. M. Sanz-Serna, "Symplectic Runge-Kutta schemes
+    # for adjoint equations, automatic differentiation, optimal control, and more", SIAM Review 58 (2016), section 3.
+
+    def transposed_step(
+        self, problem: Problem, interval: Interval, y: Arrays, cotangent: StepCotangent
+    ) -> tuple[Arrays, PyTree[Any]]:
+        """dJ/dy at the step's start, and the step's part of dJ/dparameters."""
+        a, b, c, dense = self._transposed_coefficients(cotangent.coefficients is not None)
+        h = interval.end - interval.start
+        times = self._times(interval, c)
+        states = self._stage_states(problem.field, times, h, y, a)
+        parameters = problem.parameters
+
+        def reverse_stage(reversed_index: Array, carry: tuple[Arrays, PyTree[Any]]) -> tuple[Arrays, PyTree[Any]]:
+            i = len(b) - 1 - reversed_index
+            mu, gradient = carry
+            kappa = tree.add(tree.scale(b[i], cotangent.y1), tree.contract(a[:, i], mu))
+            if cotangent.coefficients is not None:
+                kappa = tree.add(kappa, tree.contract(dense[i], cotangent.coefficients))
+            _, pullback = jax.vjp(lambda y, p: problem.field_at(times[i], y, p), tree.take(states, i), parameters)
+            mu_i, gradient_i = pullback(tree.scale(h, kappa))
+            return tree.put(mu, i, mu_i), tree.add(gradient, gradient_i)
+
+        initial = tree.zeros_like(states), tree.zeros_like(parameters)
+        mu, gradient = _stage_loop(len(b), reverse_stage, initial)
+        total = tree.map(lambda m: jnp.sum(m, axis=0), mu)
+        return tree.add(cotangent.y1, cotangent.y0, total), gradient
+
+    def _transposed_coefficients(self, dense: bool) -> tuple[Array, Array, tuple[float, ...], Array]:
+        """a, b, c and the dense weights, over the stages through which a cotangent can come."""
+        tableau = self.tableau
+        rows, nodes = tableau.a + tableau.dense_a, tableau.c + tableau.dense_c
+        count = len(nodes) if dense else max(i + 1 for i, weight in enumerate(tableau.b) if weight)
+        a = np.array([row + (0.0,) * (count - len(row)) for row in rows[:count]])
+        b = np.array((tableau.b + (0.0,) * self.extra_stages)[:count])
+        return jnp.asarray(a), jnp.asarray(b), nodes[:count], jnp.asarray(tableau.dense[:count])
+
+    def _stage_states(
+        self, field: Field, times: Float[Array, " stages"], h: Scalar, y: Arrays, a: Float[Array, "stages stages"]
+    ) -> Arrays:
+        """Y_1, ..., Y_s, stacked."""
+
+        def next_state(i: Array, carry: tuple[Arrays, Arrays]) -> tuple[Arrays, Arrays]:
+            states, stages = carry
+            stages = tree.put(stages, i, field(times[i], tree.take(states, i)))
+            state = tree.add(y, tree.scale(h, tree.contract(a[i + 1], stages)))
+            return tree.put(states, i + 1, state), stages
+
+        states = tree.map(lambda leaf: jnp.broadcast_to(leaf, (len(times), *leaf.shape)), y)
+        return _stage_loop(len(times) - 1, next_state, (states, tree.zeros_like(states)))[0]
+
+    def _more_stages(
+        self,
+        field: Field,
+        interval: Interval,
+        y: Arrays,
+        stages: list[Arrays],
+        rows: tuple[tuple[float, ...], ...],
+        nodes: tuple[float, ...],
+    ) -> list[Arrays]:
+        h = interval.end - interval.start
+        stages, known = list(stages), len(stages)
+        for row, node in zip(rows, nodes, strict=True):
+            state = tree.add(y, tree.scale(h, tree.weighted_sum(row, stages)))
+            stages.append(field(_stage_time(interval, node), state))
+        return stages[known:]
+
+    def _times(self, interval: Interval, nodes: tuple[float, ...]) -> Float[Array, " stages"]:
+        return jnp.stack([_stage_time(interval, node) for node in nodes])
+
+
+UNROLLED_STAGES = 4
+"""Up to so many stages the transposed step is written out. More are a loop: XLA's fusion otherwise recomputes earlier
+stages inside later ones, and the program grows with the square of the number of stages."""
+
+
+def _stage_loop(count: int, body: Callable[[Array, Any], Any], initial: Any) -> Any:
+    return jax.lax.fori_loop(0, count, body, initial, unroll=count <= UNROLLED_STAGES)
+
+
+def _stage_time(interval: Interval, node: float) -> Scalar:
+    if node == 0.0:
+        return interval.first
+    if node == 1.0:
+        return interval.last
+    return interval.start + node * (interval.end - interval.start)

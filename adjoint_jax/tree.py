@@ -1,0 +1,105 @@
+"""Arithmetic on pytrees of arrays. Leaves stay apart: nothing here ravels a state into one vector."""
+
+import functools
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Bool, DTypeLike, Float, Inexact, Int, PyTree, Shaped
+
+Arrays = PyTree[Shaped[Array, "..."] | None]
+"""A pytree whose leaves are arrays."""
+Scalar = Float[Array, ""]
+"""A real number: a time, a step size, a norm."""
+
+map = jax.tree.map
+
+
+def add(*trees: Arrays) -> Arrays:
+    """Leafwise sum."""
+    return map(lambda *leaves: functools.reduce(operator.add, leaves), *trees)
+
+
+def scale(factor: ArrayLike, tree: Arrays) -> Arrays:
+    """Leafwise product with a scalar, in each leaf's own dtype."""
+    return map(lambda leaf: _cast(factor, leaf) * leaf, tree)
+
+
+def where(predicate: Bool[Array, ""], yes: Arrays, no: Arrays) -> Arrays:
+    """Leafwise selection."""
+    return map(lambda a, b: jnp.where(predicate, a, b), yes, no)
+
+
+def weighted_sum(weights: Sequence[float], trees: Sequence[Arrays]) -> Arrays:
+    """`sum(w * tree)` over the non-zero weights, which are Python floats and leave no trace when they are zero or one."""
+    terms = [
+        tree if weight == 1.0 else scale(weight, tree) for weight, tree in zip(weights, trees, strict=True) if weight
+    ]
+    return add(*terms) if terms else zeros_like(trees[0])
+
+
+def contract(weights: Float[Array, " n"], stacked: Arrays) -> Arrays:
+    """`sum(weights[i] * stacked[i])` over the leading axis of every leaf, as multiply and reduce, which fuses."""
+
+    def leaf_contract(leaf: Array) -> Array:
+        column = weights.astype(real_dtype(leaf.dtype)).reshape(-1, *[1] * (leaf.ndim - 1))
+        return jnp.sum(column * leaf, axis=0)
+
+    return map(leaf_contract, stacked)
+
+
+def zeros_like(tree: Arrays) -> Arrays:
+    """Zeros with the shapes and dtypes of `tree`."""
+    return map(jnp.zeros_like, tree)
+
+
+def buffer(length: int, like: Arrays, fill: float = 0.0) -> Arrays:
+    """A buffer of `length` rows, each like `like`."""
+    return map(lambda leaf: jnp.full((length, *leaf.shape), fill, leaf.dtype), like)
+
+
+def put(rows: Arrays, index: Int[Array, ""], row: Arrays) -> Arrays:
+    """`rows` with `rows[index] = row`."""
+    return map(lambda many, one: jax.lax.dynamic_update_index_in_dim(many, one, index, 0), rows, row)
+
+
+def take(rows: Arrays, index: Int[Array, ""]) -> Arrays:
+    """`rows[index]`, the index clamped to the buffer."""
+    return map(lambda many: jax.lax.dynamic_index_in_dim(many, index, 0, keepdims=False), rows)
+
+
+def stack(trees: Sequence[Arrays]) -> Arrays:
+    """Trees stacked along a new leading axis."""
+    return map(lambda *leaves: jnp.stack(leaves), *trees)
+
+
+def pairing(cotangent: Arrays, tangent: Arrays) -> Inexact[Array, ""]:
+    """The pairing <cotangent, tangent> in JAX's convention (real part, no conjugate): the cotangent of a real scalar
+    along which the tree moves with velocity `tangent`."""
+    products = [
+        jnp.sum((a * b).real) for a, b in zip(jax.tree.leaves(cotangent), jax.tree.leaves(tangent), strict=True)
+    ]
+    return functools.reduce(operator.add, products, jnp.zeros(()))
+
+
+def all_finite(tree: Arrays) -> Bool[Array, ""]:
+    """Whether no entry is NaN or infinite."""
+    return functools.reduce(
+        operator.and_, [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)], jnp.array(True)
+    )
+
+
+def size_in_bytes(tree: PyTree[Any]) -> int:
+    """Bytes of all leaves together, from their shapes and dtypes."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def real_dtype(dtype: DTypeLike) -> Any:
+    """The dtype of the absolute value."""
+    return jnp.finfo(dtype).dtype
+
+
+def _cast(factor: ArrayLike, leaf: Array) -> Array | float:
+    return factor if isinstance(factor, float) else jnp.asarray(factor).astype(real_dtype(leaf.dtype))
