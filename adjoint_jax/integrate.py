@@ -85,6 +85,14 @@ class _Walk(NamedTuple):
     extra: Int[Array, ""]
 
 
+class _Trial(NamedTuple):
+    """The walk after an attempted step; the step, of no length if it was not accepted; and whether it was."""
+
+    walk: _Walk
+    step: Step
+    accepted: Bool[Array, ""]
+
+
 class _Progress(NamedTuple):
     walk: _Walk
     records: tuple[Any, ...]
@@ -92,6 +100,12 @@ class _Progress(NamedTuple):
 
 
 class _SteppingLoop(NamedTuple):
+    """Three nested loops: segments, the slots of a segment, and the attempts until a step is accepted.
+
+    The innermost carries no record. XLA:CPU compiles a loop that carries less than about 1 kB into one kernel, and runs
+    the operations of a larger one as a kernel each: for small states that is several times slower.
+    """
+
     problem: Problem
     solver: ExplicitRungeKutta
     controller: AbstractStepSize
@@ -99,26 +113,29 @@ class _SteppingLoop(NamedTuple):
     max_steps: int
 
     def run(self, dt0: Scalar | None, segment: int | None, valid: Bool[Array, ""]) -> Outcome:
-        problem, start = self.problem, _zero()
-        progress = _Progress(
-            self._first_walk(dt0, valid),
-            tuple(r.start(problem, self.max_steps, segment or self.max_steps) for r in self.recorders),
-            Place(start, start, problem.t0),
-        )
+        problem, zero = self.problem, _zero()
+        walk = self._first_walk(dt0, valid)
+        if not self.recorders:
+            walk = jax.lax.while_loop(lambda w: any_lane(self._running(w)), lambda w: self._attempt(w).walk, walk)
+            return Outcome(walk.y, (), self._report(walk, zero))
+        records = tuple(r.start(problem, self.max_steps, segment or self.max_steps) for r in self.recorders)
+        progress = _Progress(walk, records, Place(zero, zero, problem.t0))
         if segment is None:
-            progress = jax.lax.while_loop(lambda p: any_lane(self._running(p.walk)), self._attempt, progress)
+            progress = jax.lax.while_loop(lambda p: any_lane(self._running(p.walk)), self._fill_slot, progress)
         else:
 
-            def fill(progress: _Progress) -> _Progress:
+            def fill_segment(progress: _Progress) -> _Progress:
                 def unfilled(p: _Progress) -> Bool[Array, ""]:
                     return any_lane(self._running(p.walk)) & (p.place.position < segment)
 
-                place = progress.place._replace(position=start, segment_start=progress.walk.t)
-                progress = jax.lax.while_loop(unfilled, self._attempt, progress._replace(place=place))
-                return progress._replace(records=_flush(self.recorders, progress))
+                place = progress.place._replace(position=zero, segment_start=progress.walk.t)
+                progress = jax.lax.while_loop(unfilled, self._fill_slot, progress._replace(place=place))
+                pairs = zip(self.recorders, progress.records, strict=True)
+                flushed = tuple(recorder.flush(record, progress.place, progress.walk.t) for recorder, record in pairs)
+                return progress._replace(records=flushed)
 
-            progress = jax.lax.while_loop(lambda p: any_lane(self._running(p.walk)), fill, progress)
-        return Outcome(progress.walk.y, progress.records, self._report(progress))
+            progress = jax.lax.while_loop(lambda p: any_lane(self._running(p.walk)), fill_segment, progress)
+        return Outcome(progress.walk.y, progress.records, self._report(progress.walk, progress.place.slot))
 
     def _first_walk(self, dt0: Scalar | None, valid: Bool[Array, ""]) -> _Walk:
         problem, zero = self.problem, _zero()
@@ -142,9 +159,25 @@ class _SteppingLoop(NamedTuple):
     def _running(self, walk: _Walk) -> Bool[Array, ""]:
         return (walk.status == Status.SUCCESS) & (walk.t != self.problem.t1)
 
-    def _attempt(self, progress: _Progress) -> _Progress:
+    def _fill_slot(self, progress: _Progress) -> _Progress:
+        """Attempt steps until one is accepted, in any lane, and record it."""
+
+        def unaccepted(trial: _Trial) -> Bool[Array, ""]:
+            return any_lane(self._running(trial.walk)) & ~any_lane(trial.accepted)
+
+        walk, place = progress.walk, progress.place
+        nothing = _Trial(walk, self.solver.blank_step(walk.t, walk.y), jnp.array(False))
+        trial = jax.lax.while_loop(unaccepted, lambda trial: self._attempt(trial.walk), nothing)
+        step, extra = self._dense(trial.step, trial.accepted)
+        pairs = zip(self.recorders, progress.records, strict=True)
+        records = tuple(recorder.step(record, place, step, trial.accepted) for recorder, record in pairs)
+        advance = any_lane(trial.accepted)
+        place = place._replace(slot=place.slot + advance, position=place.position + advance)
+        return _Progress(trial.walk._replace(extra=trial.walk.extra + extra), records, place)
+
+    def _attempt(self, walk: _Walk) -> _Trial:
         """Try one step. A lane that has ended stands still: its step has no length and is not accepted."""
-        walk, controller = progress.walk, self.controller
+        controller = self.controller
         running = self._running(walk)
         stop = controller.next_stop(walk.t, self.problem.t1)
         lands = jnp.abs(walk.h) * STRETCH >= jnp.abs(stop - walk.t)
@@ -153,11 +186,11 @@ class _SteppingLoop(NamedTuple):
         step = self.solver.step(self.problem.field, interval, walk.y, walk.slope)
         verdict = controller.judge(self.solver, step, walk.h, walk.memory)
         accepted = running & verdict.accepted
-        step, dense_evaluations = self._dense(step, accepted)
         slope, slope_evaluations = self._next_slope(walk, step, accepted)
         kept = step._replace(
             interval=interval._replace(end=jnp.where(accepted, interval.end, walk.t)),
             y1=tree.where(accepted, step.y1, walk.y),
+            error=None,
         )
         attempts = walk.accepted + walk.rejected + running
         stuck = ~verdict.accepted & (jnp.abs(verdict.h) < controller.smallest(walk.t))
@@ -173,11 +206,9 @@ class _SteppingLoop(NamedTuple):
             status=jnp.where(running & (stuck | exhausted), failure, walk.status).astype(jnp.int32),
             accepted=walk.accepted + accepted,
             rejected=walk.rejected + (running & ~verdict.accepted),
-            extra=walk.extra + dense_evaluations + slope_evaluations,
+            extra=walk.extra + slope_evaluations,
         )
-        pairs = zip(self.recorders, progress.records, strict=True)
-        records = tuple(recorder.step(record, progress.place, kept, accepted) for recorder, record in pairs)
-        return _Progress(after, records, _advanced(progress.place, any_lane(accepted)))
+        return _Trial(after, kept, accepted)
 
     def _dense(self, step: Step, accepted: Bool[Array, ""]) -> tuple[Step, Int[Array, ""]]:
         """The step with the stages of its dense output, if it has any and they are wanted."""
@@ -209,15 +240,14 @@ class _SteppingLoop(NamedTuple):
         fresh = jax.lax.cond(any_lane(jumped), self.problem.field, lambda t, y: slope, behind, step.y1)
         return tree.where(jumped, fresh, slope), jumped.astype(jnp.int32)
 
-    def _report(self, progress: _Progress) -> Report:
-        walk = progress.walk
+    def _report(self, walk: _Walk, slots: Int[Array, ""]) -> Report:
         starved = (walk.status == Status.STEP_SIZE_UNDERFLOW) | (walk.status == Status.MAX_STEPS_REACHED)
         unresolvable = starved & self.controller.unresolvable(walk.y)
         status = jnp.where(unresolvable, Status.TOLERANCE_TOO_SMALL, walk.status).astype(jnp.int32)
         attempts = walk.accepted + walk.rejected
         per_step = self.solver.tableau.stages - self.solver.reuses_last_stage
         stats = Stats(walk.accepted, walk.rejected, walk.extra + per_step * attempts)
-        return Report(walk.t, status, stats, progress.place.slot)
+        return Report(walk.t, status, stats, slots)
 
 
 class _Stride(NamedTuple):
@@ -297,15 +327,6 @@ def _strides(grid: Float[Array, " times"], segment: int) -> tuple[_Stride, int]:
     slots = jnp.arange(steps + padding, dtype=jnp.int32)
     flat = _Stride(times[:-1], times[1:], slots, slots % segment)
     return tree.map(lambda leaf: leaf.reshape(-1, segment), flat), padding
-
-
-def _flush(recorders: tuple[AbstractRecorder, ...], progress: _Progress) -> tuple[Any, ...]:
-    pairs = zip(recorders, progress.records, strict=True)
-    return tuple(recorder.flush(record, progress.place, progress.walk.t) for recorder, record in pairs)
-
-
-def _advanced(place: Place, by: Bool[Array, ""]) -> Place:
-    return place._replace(slot=place.slot + by, position=place.position + by)
 
 
 def _zero() -> Int[Array, ""]:

@@ -43,12 +43,6 @@ def _horner(fraction: Scalar, coefficients: Array) -> Array:
     return s * value
 
 
-def locate(ends: Float[Array, " steps"], count: Int[Array, ""], t: Scalar, direction: Scalar) -> Int[Array, ""]:
-    """The index of the first of the `count` steps that reaches t. Steps of no length are never chosen for a later t."""
-    before = (ends * direction < t * direction) & (jnp.arange(ends.shape[0]) < count)
-    return jnp.sum(before, dtype=jnp.int32)
-
-
 class Trajectory(NamedTuple):
     """The interpolants of all steps, `count` of them valid, from t0 to the time reached."""
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from adjoint_jax import tree
-from adjoint_jax.interpolation import Interpolant, locate
+from adjoint_jax.interpolation import Interpolant
 from adjoint_jax.lanes import max_lane, min_lane
 from adjoint_jax.problem import Problem
 from adjoint_jax.saveat import Rows
@@ -105,8 +105,11 @@ class RowRecorder(AbstractRecorder):
         return jnp.any((self.rows.ts - start) * (self.rows.ts - end) <= 0)
 
     def flush(self, record: Window, place: Place, now: Scalar) -> Window:
-        ts, direction = self.rows.ts, jnp.where(now < place.segment_start, -1, 1).astype(now.dtype)
+        ts = self.rows.ts
+        direction = jnp.where(now < place.segment_start, -1, 1).astype(now.dtype)
         block = min(len(ts), self.segment_limit)
+        filled = jnp.arange(record.recent.end.shape[0]) < place.position
+        ends = jnp.where(filled, record.recent.end * direction, jnp.inf)
 
         def count_until(t: Scalar) -> Int[Array, ""]:
             return jnp.sum(ts * direction <= t * direction, dtype=jnp.int32)
@@ -115,8 +118,12 @@ class RowRecorder(AbstractRecorder):
             begin, rows = carry
             index = jnp.minimum(begin, len(ts) - block)
             times = jax.lax.dynamic_slice_in_dim(ts, index, block)
+            covered = (times * direction > place.segment_start * direction) & (times * direction <= now * direction)
+            steps = jnp.searchsorted(ends, times * direction, side="left", method="scan_unrolled")
+            interpolants = tree.map(lambda leaf: leaf[jnp.where(covered, steps, 0)], record.recent)
+            new = jax.vmap(self._row)(jnp.where(covered, times, interpolants.start), interpolants)
             old = tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, index, block), rows)
-            new = jax.vmap(lambda t, row: self._row(t, row, record.recent, place, now))(times, old)
+            new = jax.vmap(tree.where)(covered, new, old)
             rows = tree.map(lambda leaf, part: jax.lax.dynamic_update_slice_in_dim(leaf, part, index, 0), rows, new)
             return begin + block, rows
 
@@ -124,12 +131,8 @@ class RowRecorder(AbstractRecorder):
         first = min_lane(count_until(place.segment_start))
         return record._replace(rows=jax.lax.while_loop(lambda c: c[0] < last, save_block, (first, record.rows))[1])
 
-    def _row(self, t: Scalar, old: Arrays, recent: Interpolant, place: Place, now: Scalar) -> Arrays:
-        direction = jnp.where(now < place.segment_start, -1, 1).astype(now.dtype)
-        covered = (t * direction > place.segment_start * direction) & (t * direction <= now * direction)
-        interpolant = tree.take(recent, jnp.where(covered, locate(recent.end, place.position, t, direction), 0))
-        inside = jnp.where(covered, t, interpolant.start)
-        return tree.where(covered, self.rows.apply(inside, interpolant.evaluate(inside), self.problem.args), old)
+    def _row(self, t: Scalar, interpolant: Interpolant) -> Arrays:
+        return self.rows.apply(t, interpolant.evaluate(t), self.problem.args)
 
 
 class States(NamedTuple):

@@ -124,9 +124,7 @@ def _solve(
     saved, report = adjoint.solve(integrator, problem, requests, _valid_times(problem, saveats, integrator.controller))
     report = jax.lax.stop_gradient(report)
     rows = iter(saved.rows)
-    assembly = [
-        _assemble(save, problem, saved, report, next(rows) if save.ts is not None else None) for save in saveats
-    ]
+    assembly = [_assemble(save, problem, saved, report, next(rows) if save.ts is not None else None) for save in saveats]
     reached = jnp.where(report.status == Status.SUCCESS, t1, report.reached)
     return assembly, (report.stats, report.status, reached, _trajectory(problem, saved, report, reached))
 

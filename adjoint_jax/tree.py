@@ -34,9 +34,7 @@ def where(predicate: Bool[Array, ""], yes: Arrays, no: Arrays) -> Arrays:
 
 def weighted_sum(weights: Sequence[float], trees: Sequence[Arrays]) -> Arrays:
     """`sum(w * tree)` over the non-zero weights, which are Python floats and leave no trace when they are zero or one."""
-    terms = [
-        tree if weight == 1.0 else scale(weight, tree) for weight, tree in zip(weights, trees, strict=True) if weight
-    ]
+    terms = [tree if weight == 1.0 else scale(weight, tree) for weight, tree in zip(weights, trees, strict=True) if weight]
     return add(*terms) if terms else zeros_like(trees[0])
 
 
@@ -78,17 +76,13 @@ def stack(trees: Sequence[Arrays]) -> Arrays:
 def pairing(cotangent: Arrays, tangent: Arrays) -> Inexact[Array, ""]:
     """The pairing <cotangent, tangent> in JAX's convention (real part, no conjugate): the cotangent of a real scalar
     along which the tree moves with velocity `tangent`."""
-    products = [
-        jnp.sum((a * b).real) for a, b in zip(jax.tree.leaves(cotangent), jax.tree.leaves(tangent), strict=True)
-    ]
+    products = [jnp.sum((a * b).real) for a, b in zip(jax.tree.leaves(cotangent), jax.tree.leaves(tangent), strict=True)]
     return functools.reduce(operator.add, products, jnp.zeros(()))
 
 
 def all_finite(tree: Arrays) -> Bool[Array, ""]:
     """Whether no entry is NaN or infinite."""
-    return functools.reduce(
-        operator.and_, [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)], jnp.array(True)
-    )
+    return functools.reduce(operator.and_, [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)], jnp.array(True))
 
 
 def size_in_bytes(tree: PyTree[Any]) -> int:

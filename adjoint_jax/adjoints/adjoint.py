@@ -62,7 +62,7 @@ def saved(requests: Requests, outcome: Outcome) -> Saved:
     dense = records[count + requests.states] if requests.dense else None
     failed = outcome.report.status != Status.SUCCESS
     y1 = tree.map(lambda leaf: jnp.where(failed, jnp.nan, leaf), outcome.y)
-    return Saved(y1, tuple(records[:count]), states, dense)
+    return Saved(y1, tuple(window.rows for window in records[:count]), states, dense)
 
 
 def integrate(inputs: Inputs, integrator: Integrator, valid: Bool[Array, ""]) -> tuple[Saved, Report]:

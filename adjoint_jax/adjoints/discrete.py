@@ -146,14 +146,12 @@ def _forward(
     """The solve, with a tape. The states at saved times are kept too where the derivative of a time needs them."""
     wanted = recorders(inputs, integrator)
     times_wanted = [rows.ts for rows in perturbed.requests.rows]
-    plain = [
-        Rows(rows.ts, None) for rows, is_wanted in zip(inputs.requests.rows, times_wanted, strict=True) if is_wanted
-    ]
+    plain = [Rows(rows.ts, None) for rows, is_wanted in zip(inputs.requests.rows, times_wanted, strict=True) if is_wanted]
     extra = [RowRecorder(rows, inputs.problem, integrator.solver) for rows in plain]
     tape = tape_recorder(checkpoints, integrator, inputs.problem)
     outcome = integrator(inputs.problem, [*wanted, *extra, tape], valid)
     states = iter(outcome.records[len(wanted) :])
-    row_states = tuple(next(states) if is_wanted else None for is_wanted in times_wanted)
+    row_states = tuple(next(states).rows if is_wanted else None for is_wanted in times_wanted)
     residuals = _Residuals(outcome.records[-1], outcome.y, row_states, outcome.report)
     return (saved(inputs.requests, outcome), outcome.report), residuals
 

@@ -81,6 +81,10 @@ class ExplicitRungeKutta(eqx.Module):
             error=None if b_error is None else tree.scale(h, tree.weighted_sum(b_error, stages)),
         )
 
+    def blank_step(self, t: Scalar, y: Arrays) -> Step:
+        """A step of no length at (t, y), without an error estimate."""
+        return Step(Interval(t, t, t, t), y, y, (tree.zeros_like(y),) * self.tableau.stages, None)
+
     def with_dense_stages(self, field: Field, step: Step) -> Step:
         """The step with the stages added that only its interpolant needs."""
         rows, nodes = self.tableau.dense_a, self.tableau.dense_c
