@@ -15,7 +15,7 @@ from adjoint_jax import tree
 from adjoint_jax.controllers.controller import AbstractController, AbstractStepSize
 from adjoint_jax.lanes import any_lane
 from adjoint_jax.problem import Problem
-from adjoint_jax.recorders import AbstractRecorder, Place
+from adjoint_jax.recorders import AbstractRecorder, Layout, Place
 from adjoint_jax.solution import Stats, Status
 from adjoint_jax.solvers.explicit_runge_kutta import ExplicitRungeKutta, Step
 from adjoint_jax.tree import Arrays, Scalar
@@ -54,15 +54,14 @@ class Integrator(eqx.Module):
 
     def __call__(self, problem: Problem, recorders: Sequence[AbstractRecorder], valid: Bool[Array, ""]) -> Outcome:
         """Integrate from t0 to t1. If not `valid`, report `Status.INVALID_TIMES` instead of taking any step."""
-        limits = [recorder.segment_limit for recorder in recorders if recorder.segment_limit is not None]
         grid = self.controller.grid(problem.t0, problem.t1)
         if grid is None:
             assert isinstance(self.controller, AbstractStepSize)
             loop = _SteppingLoop(problem, self.solver, self.controller, tuple(recorders), self.max_steps)
-            return loop.run(self.dt0, min(limits, default=None), valid)
+            return loop.run(self.dt0, valid)
         if self.dt0 is not None:
             raise ValueError(f"dt0 has no meaning for {type(self.controller).__name__}, whose grid is given.")
-        return _GridLoop(problem, self.solver, self.controller, tuple(recorders)).run(grid, limits, valid)
+        return _GridLoop(problem, self.solver, self.controller, tuple(recorders)).run(grid, valid)
 
     def grid_steps(self, problem: Problem) -> int | None:
         """The number of steps where it is known before the solution, else None."""
@@ -85,12 +84,12 @@ class _Walk(NamedTuple):
     extra: Int[Array, ""]
 
 
-class _Trial(NamedTuple):
-    """The walk after an attempted step; the step, of no length if it was not accepted; and whether it was."""
+class _Chunk(NamedTuple):
+    """The walk, what the recorders noted of its latest accepted steps, and how many those are."""
 
     walk: _Walk
-    step: Step
-    accepted: Bool[Array, ""]
+    notes: tuple[Any, ...]
+    filled: Int[Array, ""]
 
 
 class _Progress(NamedTuple):
@@ -100,11 +99,7 @@ class _Progress(NamedTuple):
 
 
 class _SteppingLoop(NamedTuple):
-    """Three nested loops: segments, the slots of a segment, and the attempts until a step is accepted.
-
-    The innermost carries no record. XLA:CPU compiles a loop that carries less than about 1 kB into one kernel, and runs
-    the operations of a larger one as a kernel each: for small states that is several times slower.
-    """
+    """Three nested loops: over segments, over the chunks of a segment, and over attempted steps until a chunk is full."""
 
     problem: Problem
     solver: ExplicitRungeKutta
@@ -112,30 +107,45 @@ class _SteppingLoop(NamedTuple):
     recorders: tuple[AbstractRecorder, ...]
     max_steps: int
 
-    def run(self, dt0: Scalar | None, segment: int | None, valid: Bool[Array, ""]) -> Outcome:
-        problem, zero = self.problem, _zero()
-        walk = self._first_walk(dt0, valid)
+    def run(self, dt0: Scalar | None, valid: Bool[Array, ""]) -> Outcome:
+        walk, zero = self._first_walk(dt0, valid), _zero()
         if not self.recorders:
-            walk = jax.lax.while_loop(lambda w: any_lane(self._running(w)), lambda w: self._attempt(w).walk, walk)
+            walk = jax.lax.while_loop(lambda w: any_lane(self._running(w)), lambda w: self._attempt(w)[0], walk)
             return Outcome(walk.y, (), self._report(walk, zero))
-        records = tuple(r.start(problem, self.max_steps, segment or self.max_steps) for r in self.recorders)
-        progress = _Progress(walk, records, Place(zero, zero, problem.t0))
-        if segment is None:
-            progress = jax.lax.while_loop(lambda p: any_lane(self._running(p.walk)), self._fill_slot, progress)
-        else:
+        blank = self._notes(self.solver.blank_step(walk.t, walk.y), jnp.array(False))
+        layout = self._layout(blank)
+        records = tuple(recorder.start(self.problem, layout) for recorder in self.recorders)
 
-            def fill_segment(progress: _Progress) -> _Progress:
-                def unfilled(p: _Progress) -> Bool[Array, ""]:
-                    return any_lane(self._running(p.walk)) & (p.place.position < segment)
+        def fill_chunk(progress: _Progress) -> _Progress:
+            return self._fill_chunk(progress, tree.buffer(layout.chunk, blank))
 
-                place = progress.place._replace(position=zero, segment_start=progress.walk.t)
-                progress = jax.lax.while_loop(unfilled, self._fill_slot, progress._replace(place=place))
-                pairs = zip(self.recorders, progress.records, strict=True)
-                flushed = tuple(recorder.flush(record, progress.place, progress.walk.t) for recorder, record in pairs)
-                return progress._replace(records=flushed)
+        def fill_segment(progress: _Progress) -> _Progress:
+            def unfilled(p: _Progress) -> Bool[Array, ""]:
+                return any_lane(self._running(p.walk)) & (p.place.position < layout.segment)
 
-            progress = jax.lax.while_loop(lambda p: any_lane(self._running(p.walk)), fill_segment, progress)
+            place = progress.place._replace(position=zero, segment_start=progress.walk.t)
+            progress = jax.lax.while_loop(unfilled, fill_chunk, progress._replace(place=place))
+            pairs = zip(self.recorders, progress.records, strict=True)
+            flushed = tuple(recorder.flush(record, progress.place, progress.walk.t) for recorder, record in pairs)
+            return progress._replace(records=flushed)
+
+        progress = _Progress(walk, records, Place(zero, zero, self.problem.t0))
+        whole = layout.segment >= layout.slots
+        progress = jax.lax.while_loop(
+            lambda p: any_lane(self._running(p.walk)), fill_chunk if whole else fill_segment, progress
+        )
         return Outcome(progress.walk.y, progress.records, self._report(progress.walk, progress.place.slot))
+
+    def _layout(self, blank: tuple[Any, ...]) -> Layout:
+        limits = [recorder.segment_limit for recorder in self.recorders if recorder.segment_limit is not None]
+        limit = min(limits, default=None)
+        chunk = chunk_length(blank)
+        if limit is None:
+            slots = round_up(self.max_steps, chunk)
+            return Layout(slots, slots, chunk)
+        chunk = min(chunk, limit)
+        segment = limit - limit % chunk
+        return Layout(round_up(self.max_steps, segment), segment, chunk)
 
     def _first_walk(self, dt0: Scalar | None, valid: Bool[Array, ""]) -> _Walk:
         problem, zero = self.problem, _zero()
@@ -159,24 +169,33 @@ class _SteppingLoop(NamedTuple):
     def _running(self, walk: _Walk) -> Bool[Array, ""]:
         return (walk.status == Status.SUCCESS) & (walk.t != self.problem.t1)
 
-    def _fill_slot(self, progress: _Progress) -> _Progress:
-        """Attempt steps until one is accepted, in any lane, and record it."""
+    def _fill_chunk(self, progress: _Progress, empty: tuple[Any, ...]) -> _Progress:
+        chunk_slots = jax.tree.leaves(empty)[0].shape[0]
 
-        def unaccepted(trial: _Trial) -> Bool[Array, ""]:
-            return any_lane(self._running(trial.walk)) & ~any_lane(trial.accepted)
+        def unfilled(chunk: _Chunk) -> Bool[Array, ""]:
+            return any_lane(self._running(chunk.walk)) & (chunk.filled < chunk_slots)
 
-        walk, place = progress.walk, progress.place
-        nothing = _Trial(walk, self.solver.blank_step(walk.t, walk.y), jnp.array(False))
-        trial = jax.lax.while_loop(unaccepted, lambda trial: self._attempt(trial.walk), nothing)
-        step, extra = self._dense(trial.step, trial.accepted)
-        pairs = zip(self.recorders, progress.records, strict=True)
-        records = tuple(recorder.step(record, place, step, trial.accepted) for recorder, record in pairs)
-        advance = any_lane(trial.accepted)
-        place = place._replace(slot=place.slot + advance, position=place.position + advance)
-        return _Progress(trial.walk._replace(extra=trial.walk.extra + extra), records, place)
+        def attempt(chunk: _Chunk) -> _Chunk:
+            walk, step, accepted = self._attempt(chunk.walk)
+            step, extra = self._dense(step, accepted)
+            notes = tree.put(chunk.notes, chunk.filled, self._notes(step, accepted))
+            return _Chunk(walk._replace(extra=walk.extra + extra), notes, chunk.filled + any_lane(accepted))
 
-    def _attempt(self, walk: _Walk) -> _Trial:
-        """Try one step. A lane that has ended stands still: its step has no length and is not accepted."""
+        chunk = jax.lax.while_loop(unfilled, attempt, _Chunk(progress.walk, empty, _zero()))
+        place = progress.place
+        triples = zip(self.recorders, progress.records, chunk.notes, strict=True)
+        records = tuple(recorder.write(record, place, notes) for recorder, record, notes in triples)
+        place = place._replace(slot=place.slot + chunk.filled, position=place.position + chunk.filled)
+        return _Progress(chunk.walk, records, place)
+
+    def _notes(self, step: Step, accepted: Bool[Array, ""]) -> tuple[Any, ...]:
+        return tuple(recorder.note(step, accepted) for recorder in self.recorders)
+
+    def _attempt(self, walk: _Walk) -> tuple[_Walk, Step, Bool[Array, ""]]:
+        """Try one step: the walk after it; the step, of no length if it was not accepted; and whether it was.
+
+        A lane that has ended stands still: its step is not accepted.
+        """
         controller = self.controller
         running = self._running(walk)
         stop = controller.next_stop(walk.t, self.problem.t1)
@@ -208,7 +227,7 @@ class _SteppingLoop(NamedTuple):
             rejected=walk.rejected + (running & ~verdict.accepted),
             extra=walk.extra + slope_evaluations,
         )
-        return _Trial(after, kept, accepted)
+        return after, kept, accepted
 
     def _dense(self, step: Step, accepted: Bool[Array, ""]) -> tuple[Step, Int[Array, ""]]:
         """The step with the stages of its dense output, if it has any and they are wanted."""
@@ -251,65 +270,96 @@ class _SteppingLoop(NamedTuple):
 
 
 class _Stride(NamedTuple):
-    """One step of a given grid: its ends, its slot, and its position within the segment."""
+    """The ends of one step of a given grid; or of many, along leading axes."""
 
-    start: Scalar | Float[Array, "..."]
-    end: Scalar | Float[Array, "..."]
-    slot: Int[Array, "..."]
-    position: Int[Array, "..."]
+    start: Float[Array, "..."]
+    end: Float[Array, "..."]
 
 
 class _GridLoop(NamedTuple):
+    """Two nested scans: over segments, and over the steps of a segment. A segment is one chunk."""
+
     problem: Problem
     solver: ExplicitRungeKutta
     controller: AbstractController
     recorders: tuple[AbstractRecorder, ...]
 
-    def run(self, grid: Float[Array, " times"], limits: list[int], valid: Bool[Array, ""]) -> Outcome:
+    def run(self, grid: Float[Array, " times"], valid: Bool[Array, ""]) -> Outcome:
         problem, steps = self.problem, grid.shape[0] - 1
-        segment = even_segment(steps, min(limits, default=GRID_SEGMENT))
+        limits = [recorder.segment_limit for recorder in self.recorders if recorder.segment_limit is not None]
+        segment = even_segment(steps, min([GRID_SEGMENT, *limits]))
         strides, padding = _strides(grid, segment)
-        slope = None
-        if self.solver.reuses_last_stage:
-            slope = problem.field(problem.t0, problem.y0)
-        records = tuple(recorder.start(problem, steps + padding, segment) for recorder in self.recorders)
+        layout = Layout(steps + padding, segment, segment)
+        slope = problem.field(problem.t0, problem.y0) if self.solver.reuses_last_stage else None
+        records = tuple(recorder.start(problem, layout) for recorder in self.recorders)
 
-        def run_segment(carry: tuple[Any, ...], strides: _Stride) -> tuple[tuple[Any, ...], None]:
+        def run_segment(carry: tuple[Any, ...], segment_strides: tuple[_Stride, Array]) -> tuple[tuple[Any, ...], None]:
             y, slope, records, reached = carry
+            strides, slot = segment_strides
+
+            def take_stride(carry: tuple[Arrays, Any], stride: _Stride) -> tuple[tuple[Arrays, Any], tuple[Any, ...]]:
+                return self._stride(carry, stride, padding > 0)
+
+            (y, slope), notes = jax.lax.scan(take_stride, (y, slope), strides)
             begin, end = strides.start[0], strides.end[-1]
-
-            def take_stride(carry: tuple[Any, ...], stride: _Stride) -> tuple[tuple[Any, ...], None]:
-                return self._stride(carry, stride, begin, padding > 0), None
-
-            y, slope, records = jax.lax.scan(take_stride, (y, slope, records), strides)[0]
-            place = Place(strides.slot[-1] + 1, jnp.int32(segment), begin)
+            place = Place(slot, _zero(), begin)
+            triples = zip(self.recorders, records, notes, strict=True)
+            records = tuple(recorder.write(record, place, notes) for recorder, record, notes in triples)
+            place = Place(slot + segment, _zero() + segment, begin)
             pairs = zip(self.recorders, records, strict=True)
             records = tuple(recorder.flush(record, place, end) for recorder, record in pairs)
             return (y, slope, records, jnp.where(tree.all_finite(y), end, reached)), None
 
+        slots = segment * jnp.arange(strides.start.shape[0], dtype=jnp.int32)
         carry = (problem.y0, slope, records, problem.t0)
-        y, _, records, reached = jax.lax.scan(run_segment, carry, strides)[0]
+        y, _, records, reached = jax.lax.scan(run_segment, carry, (strides, slots))[0]
         status = jnp.where(tree.all_finite(y), Status.SUCCESS, Status.NON_FINITE)
         status = jnp.where(valid, status, Status.INVALID_TIMES).astype(jnp.int32)
-        evaluations = steps * self.solver.tableau.stages
+        evaluations = steps * self._stages
         if self.solver.reuses_last_stage:
             evaluations += 1 - steps
         stats = Stats(_zero() + steps, _zero(), _zero() + evaluations)
         return Outcome(y, records, Report(reached, status, stats, _zero() + steps))
 
-    def _stride(self, carry: tuple[Any, ...], stride: _Stride, begin: Scalar, padded: bool) -> tuple[Any, ...]:
-        y, slope, records = carry
-        step = self.solver.step(self.problem.field, self.controller.interval(stride.start, stride.end), y, slope)
-        if self.solver.extra_stages and any(recorder.interpolates for recorder in self.recorders):
+    @property
+    def _interpolates(self) -> bool:
+        return any(recorder.interpolates for recorder in self.recorders)
+
+    @property
+    def _stages(self) -> int:
+        return self.solver.tableau.stages + self.solver.extra_stages * self._interpolates
+
+    def _stride(
+        self, carry: tuple[Arrays, Any], stride: _Stride, padded: bool
+    ) -> tuple[tuple[Arrays, Any], tuple[Any, ...]]:
+        y, slope = carry
+        interval = self.controller.interval(stride.start, stride.end)
+        step = self.solver.step(self.problem.field, interval, y, slope)
+        if self._interpolates:
             step = self.solver.with_dense_stages(self.problem.field, step)
         taken = stride.start != stride.end
         if padded:
             step = step._replace(y1=tree.where(taken, step.y1, y))
-        place = Place(stride.slot, stride.position, begin)
-        pairs = zip(self.recorders, records, strict=True)
-        records = tuple(recorder.step(record, place, step, taken) for recorder, record in pairs)
         slope = step.stages[self.solver.tableau.stages - 1] if self.solver.reuses_last_stage else None
-        return step.y1, slope, records
+        return (step.y1, slope), tuple(recorder.note(step, taken) for recorder in self.recorders)
+
+
+SMALL_ARRAY_BYTES = 512
+LONGEST_CHUNK = 8
+
+
+def chunk_length(notes: PyTree[Array]) -> int:
+    """How many notes a chunk holds: a power of two, so that no array of it is large (see `recorders`)."""
+    largest = max((leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(notes)), default=1)
+    chunk = LONGEST_CHUNK
+    while chunk > 1 and chunk * largest > SMALL_ARRAY_BYTES:
+        chunk //= 2
+    return chunk
+
+
+def round_up(number: int, multiple: int) -> int:
+    """The smallest multiple that is not below the number."""
+    return -(-number // multiple) * multiple
 
 
 def even_segment(steps: int, longest: int) -> int:
@@ -321,12 +371,9 @@ def even_segment(steps: int, longest: int) -> int:
 
 def _strides(grid: Float[Array, " times"], segment: int) -> tuple[_Stride, int]:
     """The grid's steps in segments, and the number of steps of no length that fill up the last one."""
-    steps = grid.shape[0] - 1
-    padding = -steps % segment
+    padding = -(grid.shape[0] - 1) % segment
     times = jnp.concatenate([grid, jnp.full(padding, grid[-1])]) if padding else grid
-    slots = jnp.arange(steps + padding, dtype=jnp.int32)
-    flat = _Stride(times[:-1], times[1:], slots, slots % segment)
-    return tree.map(lambda leaf: leaf.reshape(-1, segment), flat), padding
+    return _Stride(times[:-1].reshape(-1, segment), times[1:].reshape(-1, segment)), padding
 
 
 def _zero() -> Int[Array, ""]:

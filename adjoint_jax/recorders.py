@@ -1,8 +1,11 @@
 """What the forward loops write down. The loops know recorders by this protocol alone.
 
-A loop fills *segments* of a static number of slots, one slot per step. In every slot it calls `step`, after every segment
-`flush`. Slots are the same for all lanes of a `vmap`: a lane that had nothing to record in a slot has a step of no length
-there, so that all writes are plain slice updates.
+Every step has a *slot*. The loops first hold what recorders note of each step in small arrays, and hand over a *chunk* of
+notes at a time (`write`); they announce the end of every *segment* of chunks (`flush`). Slots are the same for all lanes of
+a `vmap`: a lane that had nothing to record in a slot has a step of no length there, so that all writes are slice updates.
+
+Chunks exist for small states: XLA:CPU runs the operations of a loop body one after the other, at some 40 ns each, if no
+array in it exceeds 512 bytes, and else hands them to a scheduler that costs several times as much.
 """
 
 import abc
@@ -20,6 +23,15 @@ from adjoint_jax.problem import Problem
 from adjoint_jax.saveat import Rows
 from adjoint_jax.solvers.explicit_runge_kutta import ExplicitRungeKutta, Step
 from adjoint_jax.tree import Arrays, Scalar
+
+
+class Layout(NamedTuple):
+    """Static sizes: slots in all, slots of a segment, slots of a chunk. Each is a multiple of the next, but for a single
+    segment."""
+
+    slots: int
+    segment: int
+    chunk: int
 
 
 class Place(NamedTuple):
@@ -42,13 +54,17 @@ class AbstractRecorder(eqx.Module):
         return None
 
     @abc.abstractmethod
-    def start(self, problem: Problem, slots: int, segment: int) -> Any:
-        """The empty record, for at most `slots` steps in segments of `segment`."""
+    def start(self, problem: Problem, layout: Layout) -> Any:
+        """The empty record."""
 
     @abc.abstractmethod
-    def step(self, record: Any, place: Place, step: Step, accepted: Bool[Array, ""]) -> Any:
-        """Write a step into the slot. If it was not accepted, in this lane, the slot holds a step of no length; if in no
-        lane, the slot will be written again."""
+    def note(self, step: Step, accepted: Bool[Array, ""]) -> Any:
+        """What to keep of a step. If it was not accepted, in this lane, this stands for a step of no length."""
+
+    @abc.abstractmethod
+    def write(self, record: Any, place: Place, notes: Any) -> Any:
+        """Write the notes of some steps, along a leading axis, into the slots from `place` on. Behind the last step of an
+        integration there may be notes of none, all zero."""
 
     def flush(self, record: Any, place: Place, now: Scalar) -> Any:
         """Called when a segment is full (`place.position` slots of it) or the integration has ended, at time `now`."""
@@ -86,8 +102,7 @@ class RowRecorder(AbstractRecorder):
         interpolant_bytes = tree.size_in_bytes(self.problem.y0) * (1 + self.solver.dense_degree)
         return max(1, min(self.longest_segment, self.segment_bytes // max(1, interpolant_bytes)))
 
-    def start(self, problem: Problem, slots: int, segment: int) -> Window:
-        del slots
+    def start(self, problem: Problem, layout: Layout) -> Window:
         at_t0 = self.rows.apply(problem.t0, problem.y0, problem.args)
 
         def initial(value: Array) -> Array:
@@ -95,11 +110,13 @@ class RowRecorder(AbstractRecorder):
             is_t0 = (self.rows.ts == problem.t0).reshape(-1, *[1] * value.ndim)
             return jnp.where(is_t0, value, jnp.asarray(unknown, value.dtype))
 
-        return Window(_empty_interpolants(problem, self.solver, segment), tree.map(initial, at_t0))
+        return Window(_empty_interpolants(problem, self.solver, layout.segment), tree.map(initial, at_t0))
 
-    def step(self, record: Window, place: Place, step: Step, accepted: Bool[Array, ""]) -> Window:
-        interpolant = _interpolant(self.solver, step, accepted)
-        return record._replace(recent=tree.put(record.recent, place.position, interpolant))
+    def note(self, step: Step, accepted: Bool[Array, ""]) -> Interpolant:
+        return _interpolant(self.solver, step, accepted)
+
+    def write(self, record: Window, place: Place, notes: Interpolant) -> Window:
+        return record._replace(recent=tree.put_block(record.recent, place.position, notes))
 
     def wants_dense(self, start: Scalar, end: Scalar) -> Bool[Array, ""]:
         return jnp.any((self.rows.ts - start) * (self.rows.ts - end) <= 0)
@@ -146,12 +163,15 @@ class States(NamedTuple):
 class StateRecorder(AbstractRecorder):
     """Saves the state after every step."""
 
-    def start(self, problem: Problem, slots: int, segment: int) -> States:
-        del segment
-        return States(jnp.zeros(slots, problem.t0.dtype), tree.buffer(slots, problem.y0), jnp.zeros(slots, bool))
+    def start(self, problem: Problem, layout: Layout) -> States:
+        times = jnp.zeros(layout.slots, problem.t0.dtype)
+        return States(times, tree.buffer(layout.slots, problem.y0), jnp.zeros(layout.slots, bool))
 
-    def step(self, record: States, place: Place, step: Step, accepted: Bool[Array, ""]) -> States:
-        return tree.put(record, place.slot, States(step.interval.end, step.y1, accepted))
+    def note(self, step: Step, accepted: Bool[Array, ""]) -> States:
+        return States(step.interval.end, step.y1, accepted)
+
+    def write(self, record: States, place: Place, notes: States) -> States:
+        return tree.put_block(record, place.slot, notes)
 
 
 class DenseRecorder(AbstractRecorder):
@@ -161,12 +181,14 @@ class DenseRecorder(AbstractRecorder):
 
     solver: ExplicitRungeKutta
 
-    def start(self, problem: Problem, slots: int, segment: int) -> Interpolant:
-        del segment
-        return _empty_interpolants(problem, self.solver, slots)
+    def start(self, problem: Problem, layout: Layout) -> Interpolant:
+        return _empty_interpolants(problem, self.solver, layout.slots)
 
-    def step(self, record: Interpolant, place: Place, step: Step, accepted: Bool[Array, ""]) -> Interpolant:
-        return tree.put(record, place.slot, _interpolant(self.solver, step, accepted))
+    def note(self, step: Step, accepted: Bool[Array, ""]) -> Interpolant:
+        return _interpolant(self.solver, step, accepted)
+
+    def write(self, record: Interpolant, place: Place, notes: Interpolant) -> Interpolant:
+        return tree.put_block(record, place.slot, notes)
 
 
 def _interpolant(solver: ExplicitRungeKutta, step: Step, accepted: Bool[Array, ""]) -> Interpolant:

@@ -63,6 +63,16 @@ def put(rows: Arrays, index: Int[Array, ""], row: Arrays) -> Arrays:
     return map(lambda many, one: jax.lax.dynamic_update_index_in_dim(many, one, index, 0), rows, row)
 
 
+def put_block(rows: Arrays, index: Int[Array, ""], block: Arrays) -> Arrays:
+    """`rows` with `rows[index : index + len(block)] = block`."""
+    return map(lambda many, few: jax.lax.dynamic_update_slice_in_dim(many, few, index, 0), rows, block)
+
+
+def take_block(rows: Arrays, index: Int[Array, ""], length: int) -> Arrays:
+    """`rows[index : index + length]`, the index clamped so that the block lies inside."""
+    return map(lambda many: jax.lax.dynamic_slice_in_dim(many, index, length, 0), rows)
+
+
 def take(rows: Arrays, index: Int[Array, ""]) -> Arrays:
     """`rows[index]`, the index clamped to the buffer."""
     return map(lambda many: jax.lax.dynamic_index_in_dim(many, index, 0, keepdims=False), rows)

@@ -1,5 +1,6 @@
 """The discrete adjoint: the transposed method on the forward's own grid."""
 
+import dataclasses
 import math
 from typing import Any, NamedTuple
 
@@ -22,14 +23,14 @@ from adjoint_jax.adjoints.adjoint import (
     saved,
     times_cotangent,
 )
-from adjoint_jax.integrate import Integrator, Report
+from adjoint_jax.integrate import Integrator, Report, chunk_length, round_up
 from adjoint_jax.interpolation import Interpolant, powers
 from adjoint_jax.lanes import any_lane, max_lane
-from adjoint_jax.problem import Interval, Problem
-from adjoint_jax.recorders import AbstractRecorder, Place, RowRecorder
+from adjoint_jax.problem import Problem
+from adjoint_jax.recorders import AbstractRecorder, Layout, Place, RowRecorder
 from adjoint_jax.saveat import Requests, Rows
 from adjoint_jax.solution import Status
-from adjoint_jax.solvers.explicit_runge_kutta import Step, StepCotangent
+from adjoint_jax.solvers.explicit_runge_kutta import ExplicitRungeKutta, Step, StepCotangent
 from adjoint_jax.tree import Arrays, Scalar
 
 KEEP_ALL_BYTES = 16 * 2**20
@@ -68,18 +69,27 @@ class DiscreteAdjoint(AbstractAdjoint):
         return _solve(Inputs(problem, requests), integrator, valid, self.checkpoints)
 
 
-class Tape(NamedTuple):
+class Tape(eqx.Module):
     """The times of all steps; the states at the start of every step of the last segment; those at the start of every
-    segment."""
+    segment. Buffers are longer than segments and steps by up to a chunk, so that every chunk lies inside."""
 
-    times: Float[Array, " slots_and_one"]
+    times: Float[Array, " times"]
     recent: Arrays
     checkpoints: Arrays
+    segment: int = eqx.field(static=True)
+    chunk: int = eqx.field(static=True)
 
     @property
-    def segment(self) -> int:
-        """Steps from one checkpoint to the next."""
-        return jax.tree.leaves(self.recent)[0].shape[0]
+    def segments(self) -> int:
+        """The largest number of segments."""
+        return jax.tree.leaves(self.checkpoints)[0].shape[0]
+
+
+class TapeNote(NamedTuple):
+    """A step's start, as a state, and its end, as a time."""
+
+    y0: Arrays
+    end: Scalar
 
 
 class TapeRecorder(AbstractRecorder):
@@ -87,29 +97,39 @@ class TapeRecorder(AbstractRecorder):
 
     length: int = eqx.field(static=True)
     slots: int = eqx.field(static=True)
+    solver: ExplicitRungeKutta
 
     @property
     def segment_limit(self) -> int | None:
         return None if self.length >= self.slots else self.length
 
-    def start(self, problem: Problem, slots: int, segment: int) -> Tape:
-        length = slots if self.segment_limit is None else min(slots, segment * math.ceil(self.length / segment))
+    def start(self, problem: Problem, layout: Layout) -> Tape:
+        segment = layout.slots if self.length >= self.slots else round_up(self.length, layout.segment)
+        chunk = chunk_length(tree.buffer(self.solver.dense_degree, problem.y0))
         return Tape(
-            jnp.full(slots + 1, problem.t0),
-            tree.buffer(length, problem.y0),
-            tree.buffer(math.ceil(slots / length), problem.y0),
+            times=jnp.full(layout.slots + chunk + 1, problem.t0),
+            recent=tree.buffer(round_up(segment, chunk), problem.y0),
+            checkpoints=tree.buffer(math.ceil(layout.slots / segment), problem.y0),
+            segment=segment,
+            chunk=chunk,
         )
 
-    def step(self, record: Tape, place: Place, step: Step, accepted: Bool[Array, ""]) -> Tape:
+    def note(self, step: Step, accepted: Bool[Array, ""]) -> TapeNote:
         del accepted
-        times = tree.put(record.times, place.slot + 1, step.interval.end)
-        return record._replace(times=times, recent=tree.put(record.recent, place.slot % record.segment, step.y0))
+        return TapeNote(step.y0, step.interval.end)
+
+    def write(self, record: Tape, place: Place, notes: TapeNote) -> Tape:
+        return dataclasses.replace(
+            record,
+            times=tree.put_block(record.times, place.slot + 1, notes.end),
+            recent=tree.put_block(record.recent, place.slot % record.segment, notes.y0),
+        )
 
     def flush(self, record: Tape, place: Place, now: Scalar) -> Tape:
         del now
         index = jnp.maximum(place.slot - 1, 0) // record.segment
         first = tree.map(lambda leaf: leaf[0], record.recent)
-        return record._replace(checkpoints=tree.put(record.checkpoints, index, first))
+        return dataclasses.replace(record, checkpoints=tree.put(record.checkpoints, index, first))
 
 
 def tape_recorder(checkpoints: int | None, integrator: Integrator, problem: Problem) -> TapeRecorder:
@@ -123,7 +143,7 @@ def tape_recorder(checkpoints: int | None, integrator: Integrator, problem: Prob
         length = max(math.isqrt(slots), LANE_SEGMENT_BYTES // state_bytes)
     else:
         length = slots if slots * state_bytes <= KEEP_ALL_BYTES else math.isqrt(slots)
-    return TapeRecorder(min(slots, length), slots)
+    return TapeRecorder(min(slots, length), slots, integrator.solver)
 
 
 @eqx.filter_custom_vjp
@@ -191,16 +211,41 @@ class _Swept(NamedTuple):
     remaining: tuple[Int[Array, ""], ...]
 
 
+class _Steps(NamedTuple):
+    """A chunk of recorded steps: their ends in time and their first states, along a leading axis."""
+
+    starts: Float[Array, " steps"]
+    ends: Float[Array, " steps"]
+    ys: Arrays
+
+
+class _Observed(NamedTuple):
+    """What the loss says directly of a chunk of steps: of their last states, first states and interpolants."""
+
+    y1: Arrays | None
+    y0: Arrays | None
+    coefficients: Arrays | None
+
+
 class _Sweep:
-    """The reverse adjoint ODE, discretised by the transposed method on the recorded grid."""
+    """The reverse adjoint ODE, discretised by the transposed method on the recorded grid.
+
+    Loops over segments, over the chunks of a segment, and over the steps of a chunk, each from the last to the first.
+    """
 
     def __init__(self, inputs: Inputs, integrator: Integrator, residuals: _Residuals, cotangent: Saved):
         self.problem, self.requests = inputs
         self.integrator, self.solver = integrator, integrator.solver
         self.tape, self.report, self.y1 = residuals.tape, residuals.report, residuals.y1
         self.direction = jnp.where(self.problem.t1 < self.problem.t0, -1, 1).astype(self.problem.t0.dtype)
-        self.cotangent = cotangent
         self.row_cotangents = [self._rows(*pair) for pair in zip(self.requests.rows, cotangent.rows, strict=True)]
+        self.y1_cotangent = cotangent.y1
+        self.states = None if cotangent.states is None else self._per_slot(cotangent.states.ys, self.problem.y0)
+        self.dense_y0 = self.dense_coefficients = None
+        if cotangent.dense is not None and not is_zero((cotangent.dense.y0, cotangent.dense.coefficients)):
+            coefficients = tree.buffer(self.solver.dense_degree, self.problem.y0)
+            self.dense_y0 = self._per_slot(cotangent.dense.y0, self.problem.y0, keep_zero=True)
+            self.dense_coefficients = self._per_slot(cotangent.dense.coefficients, coefficients, keep_zero=True)
 
     def _rows(self, rows: Rows, cotangent: PyTree[Any]) -> Arrays | None:
         if is_zero(cotangent):
@@ -210,15 +255,23 @@ class _Sweep:
         like = tree.map(lambda leaf: jnp.zeros((len(rows.ts), *leaf.shape), leaf.dtype), one)
         return blame(materialise(cotangent, like), self._unreached(rows.ts))
 
+    def _per_slot(self, cotangent: PyTree[Any], one: Arrays, keep_zero: bool = False) -> Arrays | None:
+        """The cotangents of what was saved in every slot, with a chunk of zeros behind them."""
+        if is_zero(cotangent) and not keep_zero:
+            return None
+        slots = self.tape.times.shape[0] - 1
+        given = materialise(cotangent, tree.buffer(slots - self.tape.chunk, one))
+        return tree.map(lambda leaf: jnp.pad(leaf, [(0, self.tape.chunk), *[(0, 0)] * (leaf.ndim - 1)]), given)
+
     def _unreached(self, ts: Float[Array, "..."]) -> Bool[Array, "..."]:
         return (self.report.status != Status.SUCCESS) & ~(ts * self.direction <= self.report.reached * self.direction)
 
     def final_cotangent(self) -> Arrays:
         """dJ/dy1, NaN where the loss depends on something that was not reached."""
-        g = materialise(self.cotangent.y1, self.y1)
-        g = blame(g, self.report.status != Status.SUCCESS)
+        failed = self.report.status != Status.SUCCESS
+        g = blame(materialise(self.y1_cotangent, self.y1), failed)
         blamed = [~tree.all_finite(rows) for rows in self.row_cotangents if rows is not None]
-        any_blamed = (self.report.status != Status.SUCCESS) & jnp.any(jnp.array([False, *blamed]))
+        any_blamed = failed & jnp.any(jnp.array([False, *blamed]))
         return tree.map(lambda leaf: jnp.where(any_blamed, jnp.nan, leaf), g)
 
     def run(self, a: Arrays) -> _Swept:
@@ -227,22 +280,11 @@ class _Sweep:
             a,
             tree.zeros_like(self.problem.parameters),
             tuple(tree.zeros_like(eqx.filter(rows.fn, eqx.is_inexact_array)) for rows in self.requests.rows),
-            tuple(self._reached_rows(rows.ts) for rows in self.requests.rows),
+            tuple(self._count_until(rows.ts, self.report.reached) for rows in self.requests.rows),
         )
-        segment, slots = self.tape.segment, self.tape.times.shape[0] - 1
-        grid_steps = self.integrator.grid_steps(self.problem)
-        if segment >= slots:
-            count = max_lane(self.report.slots) if grid_steps is None else grid_steps
-            swept = self._reverse_steps(jnp.int32(0), count, self.tape.recent, swept)
-        else:
-            swept = self._reverse_segments(segment, swept)
-        return self._observed_at_t0(swept)
-
-    def _reached_rows(self, ts: Float[Array, " rows"]) -> Int[Array, ""]:
-        return jnp.sum(ts * self.direction <= self.report.reached * self.direction, dtype=jnp.int32)
-
-    def _reverse_segments(self, segment: int, swept: _Swept) -> _Swept:
-        count = max_lane(self.report.slots)
+        count, segment = max_lane(self.report.slots), self.tape.segment
+        if self.tape.segments == 1:
+            return self._observed_at_t0(self._reverse_chunks(jnp.int32(0), count, self.tape.recent, swept))
         last = jnp.maximum(count - 1, 0) // segment
 
         def reverse_segment(reversed_index: Array, carry: tuple[Arrays, _Swept]) -> tuple[Arrays, _Swept]:
@@ -252,87 +294,100 @@ class _Sweep:
             end = jnp.minimum(count, begin + segment)
             states = tree.put(states, jnp.int32(0), tree.take(self.tape.checkpoints, index))
             states = self._replay(begin, jnp.where(index == last, begin, end - 1), states)
-            return states, self._reverse_steps(begin, end - begin, states, swept)
+            return states, self._reverse_chunks(begin, end - begin, states, swept)
 
-        return jax.lax.fori_loop(0, last + 1, reverse_segment, (self.tape.recent, swept))[1]
+        swept = jax.lax.fori_loop(0, last + 1, reverse_segment, (self.tape.recent, swept))[1]
+        return self._observed_at_t0(swept)
+
+    def _count_until(self, ts: Float[Array, " rows"], t: Scalar) -> Int[Array, ""]:
+        return jnp.sum(ts * self.direction <= t * self.direction, dtype=jnp.int32)
 
     def _replay(self, begin: Int[Array, ""], end: Int[Array, ""], states: Arrays) -> Arrays:
         """Take the steps from slot `begin` to `end` again, of which the first state is known."""
+        times = self.tape.times
 
         def take_step(slot: Array, states: Arrays) -> Arrays:
-            interval, y = self._interval(slot), tree.take(states, slot - begin)
+            interval = self.integrator.controller.interval(tree.take(times, slot), tree.take(times, slot + 1))
+            y = tree.take(states, slot - begin)
             step = self.solver.step(self.problem.field, interval, y, None)
             y1 = tree.where(interval.end != interval.start, step.y1, y)
             return tree.put(states, slot - begin + 1, y1)
 
         return jax.lax.fori_loop(begin, end, take_step, states)
 
-    def _interval(self, slot: Int[Array, ""]) -> Interval:
-        times = self.tape.times
-        return self.integrator.controller.interval(tree.take(times, slot), tree.take(times, slot + 1))
-
-    def _reverse_steps(self, begin: Int[Array, ""], count: Any, states: Arrays, swept: _Swept) -> _Swept:
+    def _reverse_chunks(self, begin: Int[Array, ""], count: Int[Array, ""], states: Arrays, swept: _Swept) -> _Swept:
         """Reverse the `count` steps from slot `begin` on, whose first states are given."""
+        chunk = self.tape.chunk
+        chunks = (count + chunk - 1) // chunk
 
-        def reverse_step(reversed_index: Array, swept: _Swept) -> _Swept:
-            slot = begin + count - 1 - reversed_index
-            return self._reverse_step(slot, tree.take(states, slot - begin), swept)
+        def reverse_chunk(reversed_index: Array, swept: _Swept) -> _Swept:
+            first = (chunks - 1 - reversed_index) * chunk
+            slot = begin + first
+            steps = _Steps(
+                tree.take_block(self.tape.times, slot, chunk),
+                tree.take_block(self.tape.times, slot + 1, chunk),
+                tree.take_block(states, first, chunk),
+            )
+            valid = jnp.minimum(chunk, count - first)
+            swept, observed = self._observed_inside(slot, valid, steps, swept)
+            return self._reverse_steps(valid, steps, observed, swept)
 
-        return jax.lax.fori_loop(0, count, reverse_step, swept)
+        return jax.lax.fori_loop(0, chunks, reverse_chunk, swept)
 
-    def _reverse_step(self, slot: Int[Array, ""], y: Arrays, swept: _Swept) -> _Swept:
-        interval = self._interval(slot)
-        swept, cotangent = self._observed_inside(slot, interval, y, swept)
-        a, parameters = self.solver.transposed_step(self.problem, interval, y, cotangent)
-        taken = interval.end != interval.start
-        return swept._replace(
-            a=tree.where(taken, a, tree.add(cotangent.y1, cotangent.y0)),
-            parameters=tree.add(swept.parameters, tree.where(taken, parameters, tree.zeros_like(parameters))),
-        )
+    def _reverse_steps(self, count: Int[Array, ""], steps: _Steps, observed: _Observed, swept: _Swept) -> _Swept:
+        """Reverse the first `count` steps of a chunk."""
+
+        def reverse_step(reversed_index: Array, carry: tuple[Arrays, PyTree[Any]]) -> tuple[Arrays, PyTree[Any]]:
+            a, parameters = carry
+            start, end, y = tree.take(steps, count - 1 - reversed_index)
+            y1, y0, coefficients = tree.take(observed, count - 1 - reversed_index)
+            a = a if y1 is None else tree.add(a, y1)
+            y0 = tree.zeros_like(y) if y0 is None else y0
+            cotangent = StepCotangent(a, y0, coefficients)
+            interval = self.integrator.controller.interval(start, end)
+            through, gradient = self.solver.transposed_step(self.problem, interval, y, cotangent)
+            taken = start != end
+            gradient = tree.where(taken, gradient, tree.zeros_like(gradient))
+            return tree.where(taken, through, tree.add(a, y0)), tree.add(parameters, gradient)
+
+        a, parameters = jax.lax.fori_loop(0, count, reverse_step, (swept.a, swept.parameters))
+        return swept._replace(a=a, parameters=parameters)
 
     def _observed_inside(
-        self, slot: Int[Array, ""], interval: Interval, y: Arrays, swept: _Swept
-    ) -> tuple[_Swept, StepCotangent]:
-        """What the loss says of this step's end, its start and its interpolant."""
-        states, dense = self.cotangent.states, self.cotangent.dense
-        a = swept.a
-        if states is not None and not is_zero(states.ys):
-            a = tree.add(a, tree.take(materialise(states.ys, tree.buffer(self._slots, y)), slot))
-        start, coefficients = tree.zeros_like(y), tree.buffer(self.solver.dense_degree, y)
-        interpolated = any(rows is not None for rows in self.row_cotangents)
-        if dense is not None and not is_zero((dense.y0, dense.coefficients)):
-            interpolated = True
-            start = tree.take(materialise(dense.y0, tree.buffer(self._slots, y)), slot)
-            coefficients = tree.take(materialise(dense.coefficients, tree.buffer(self._slots, coefficients)), slot)
+        self, slot: Int[Array, ""], valid: Int[Array, ""], steps: _Steps, swept: _Swept
+    ) -> tuple[_Swept, _Observed]:
+        chunk = self.tape.chunk
+        y1 = None if self.states is None else tree.take_block(self.states, slot, chunk)
+        y0 = coefficients = None
+        if self.dense_y0 is not None:
+            y0 = tree.take_block(self.dense_y0, slot, chunk)
+            coefficients = tree.take_block(self.dense_coefficients, slot, chunk)
         for index, g in enumerate(self.row_cotangents):
             if g is not None:
-                pull = _RowPull(self, index, interval, y, g)
-                swept, start, coefficients = pull.run(swept, start, coefficients)
-        return swept, StepCotangent(a, start, coefficients if interpolated else None)
-
-    @property
-    def _slots(self) -> int:
-        return self.tape.times.shape[0] - 1
+                swept, from_rows = _RowPull(self, index, valid, steps, g).run(swept)
+                y0 = from_rows.y0 if y0 is None else tree.add(y0, from_rows.y0)
+                more = from_rows.coefficients
+                coefficients = more if coefficients is None else tree.add(coefficients, more)
+        return swept, _Observed(y1, y0, coefficients)
 
     def _observed_at_t0(self, swept: _Swept) -> _Swept:
         """Rows saved at t0 itself, which lie in no step."""
         problem = self.problem
         for index, (rows, g) in enumerate(zip(self.requests.rows, self.row_cotangents, strict=True)):
-            if g is None:
-                continue
-            at_t0 = rows.ts == problem.t0
-
-            def masked(leaf: Array, at_t0: Array = at_t0) -> Array:
-                return jnp.sum(jnp.where(at_t0.reshape(-1, *[1] * (leaf.ndim - 1)), leaf, 0), axis=0)
-
-            a, observables, args = pull_row(rows, problem, problem.t0, problem.y0, tree.map(masked, g))
-            swept = _with_observables(swept, index, observables, args)._replace(a=tree.add(swept.a, a))
-        dense = self.cotangent.dense
-        if dense is not None and not is_zero(dense.y0):
-            first = tree.take(materialise(dense.y0, tree.buffer(self._slots, problem.y0)), jnp.int32(0))
-            no_steps = self.report.slots == 0
-            swept = swept._replace(a=tree.where(no_steps, tree.add(swept.a, first), swept.a))
+            if g is not None:
+                at_t0 = tree.map(lambda leaf, rows=rows: jnp.sum(_rows_where(rows.ts == problem.t0, leaf), axis=0), g)
+                a, observables, args = pull_row(rows, problem, problem.t0, problem.y0, at_t0)
+                swept = _with_observables(swept, index, observables, args)
+                swept = swept._replace(a=tree.add(swept.a, a))
+        if self.dense_y0 is not None:
+            first = tree.add(swept.a, tree.take(self.dense_y0, jnp.int32(0)))
+            swept = swept._replace(a=tree.where(self.report.slots == 0, first, swept.a))
         return swept
+
+
+def _rows_where(predicate: Bool[Array, " rows"], leaf: Array) -> Array:
+    """The rows for which the predicate holds, zero in place of the others."""
+    return jnp.where(predicate.reshape(-1, *[1] * (leaf.ndim - 1)), leaf, 0)
 
 
 def pull_row(
@@ -358,71 +413,94 @@ def _with_observables(swept: _Swept, index: int, observables: PyTree[Any], args:
     return swept._replace(observables=tuple(all_observables), parameters=(vector_field, tree.add(args_before, args)))
 
 
+PULLED_ROWS = 8
+"""Rows that are pulled back at a time."""
+
+
 class _RowPull(NamedTuple):
-    """The rows of one request that were saved inside one step, pulled back to the step's interpolant, a few at a time."""
+    """The rows of one request that were saved inside a chunk of steps, pulled back to the steps' interpolants."""
 
     sweep: _Sweep
     index: int
-    interval: Interval
-    y: Arrays
+    valid: Int[Array, ""]
+    steps: _Steps
     cotangent: Arrays
 
-    def run(self, swept: _Swept, start: Arrays, coefficients: Arrays) -> tuple[_Swept, Arrays, Arrays]:
-        rows = self.sweep.requests.rows[self.index]
-        interpolant = self._interpolant(rows)
-        block = min(len(rows.ts), BLOCK)
+    def run(self, swept: _Swept) -> tuple[_Swept, _Observed]:
+        y0 = tree.zeros_like(self.steps.ys)
+        coefficients = tree.map(lambda leaf: jnp.zeros((len(leaf), self._degree, *leaf.shape[1:]), leaf.dtype), y0)
+        interpolants = self._interpolants()
 
-        def inside(place: Array) -> Array:
-            t = tree.take(rows.ts, place)
-            return (place >= 0) & (t * self.sweep.direction > self.interval.start * self.sweep.direction)
+        def more(carry: tuple[_Swept, _Observed]) -> Array:
+            return any_lane(self._inside(carry[0].remaining[self.index] - 1))
 
-        def pull_block(carry: tuple[_Swept, Arrays, Arrays]) -> tuple[_Swept, Arrays, Arrays]:
-            swept, start, coefficients = carry
-            remaining = swept.remaining[self.index]
-            places = remaining - 1 - jnp.arange(block, dtype=jnp.int32)
-            taken = jax.vmap(inside)(places)
-            a, observables, args, weights = jax.vmap(lambda p, k: self._pull(rows, interpolant, p, k))(places, taken)
-            total = lambda leaf: jnp.sum(leaf, axis=0)  # noqa: E731
-            swept = _with_observables(swept, self.index, tree.map(total, observables), tree.map(total, args))
-            left = list(swept.remaining)
-            left[self.index] = remaining - jnp.sum(taken, dtype=jnp.int32)
-            moments = tree.map(lambda g: _moments(weights, g), a)
-            return (
-                swept._replace(remaining=tuple(left)),
-                tree.add(start, tree.map(total, a)),
-                tree.add(coefficients, moments),
-            )
+        def pull(carry: tuple[_Swept, _Observed]) -> tuple[_Swept, _Observed]:
+            return self._pull_block(interpolants, *carry)
 
-        def more(carry: tuple[_Swept, Arrays, Arrays]) -> Array:
-            return any_lane(inside(carry[0].remaining[self.index] - 1))
+        return jax.lax.while_loop(more, pull, (swept, _Observed(None, y0, coefficients)))
 
-        return jax.lax.while_loop(more, pull_block, (swept, start, coefficients))
+    @property
+    def _rows(self) -> Rows:
+        return self.sweep.requests.rows[self.index]
 
-    def _interpolant(self, rows: Rows) -> Interpolant:
-        """This step's interpolant. Without an fn, only its times are needed."""
-        solver, problem = self.sweep.solver, self.sweep.problem
-        if rows.fn is None:
-            none = tree.buffer(solver.dense_degree, self.y)
-            return Interpolant(self.interval.start, self.interval.end, self.y, none)
-        step = solver.step(problem.field, self.interval, self.y, None)
-        return solver.interpolant(solver.with_dense_stages(problem.field, step))
+    @property
+    def _degree(self) -> int:
+        return self.sweep.solver.dense_degree
+
+    def _inside(self, place: Int[Array, ""]) -> Bool[Array, ""]:
+        """Whether the row lies behind the start of the chunk; those behind its end have been pulled back already."""
+        direction = self.sweep.direction
+        t = tree.take(self._rows.ts, place)
+        return (place >= 0) & (t * direction > self.steps.starts[0] * direction)
+
+    def _interpolants(self) -> Interpolant:
+        """The interpolants of the steps. Without an fn, only their times are needed."""
+        solver, problem, (starts, ends, ys) = self.sweep.solver, self.sweep.problem, self.steps
+        if self._rows.fn is None:
+            return Interpolant(starts, ends, ys, None)
+
+        def interpolant(start: Scalar, end: Scalar, y: Arrays) -> Interpolant:
+            interval = self.sweep.integrator.controller.interval(start, end)
+            step = solver.step(problem.field, interval, y, None)
+            return solver.interpolant(solver.with_dense_stages(problem.field, step))
+
+        return jax.vmap(interpolant)(starts, ends, ys)
+
+    def _pull_block(self, interpolants: Interpolant, swept: _Swept, observed: _Observed) -> tuple[_Swept, _Observed]:
+        remaining = swept.remaining[self.index]
+        places = remaining - 1 - jnp.arange(min(len(self._rows.ts), PULLED_ROWS), dtype=jnp.int32)
+        inside = jax.vmap(self._inside)(places)
+        at, a, observables, args, weights = jax.vmap(lambda p, i: self._pull(interpolants, p, i))(places, inside)
+        swept = _with_observables(swept, self.index, *(tree.map(_total, part) for part in (observables, args)))
+        left = list(swept.remaining)
+        left[self.index] = remaining - jnp.sum(inside, dtype=jnp.int32)
+        of_step = at[:, None] == jnp.arange(self.sweep.tape.chunk)
+        y0 = tree.map(lambda g: _total(_outer(of_step, g)), a)
+        weights = of_step[:, :, None] * weights[:, None, :]
+        coefficients = tree.map(lambda g: _total(_outer(weights, g)), a)
+        observed = _Observed(None, tree.add(observed.y0, y0), tree.add(observed.coefficients, coefficients))
+        return swept._replace(remaining=tuple(left)), observed
 
     def _pull(
-        self, rows: Rows, interpolant: Interpolant, place: Int[Array, ""], taken: Bool[Array, ""]
-    ) -> tuple[Arrays, PyTree[Any], PyTree[Any], Float[Array, " degree"]]:
-        t = jnp.where(taken, tree.take(rows.ts, place), interpolant.start)
+        self, interpolants: Interpolant, place: Int[Array, ""], inside: Bool[Array, ""]
+    ) -> tuple[Int[Array, ""], Arrays, PyTree[Any], PyTree[Any], Float[Array, " degree"]]:
+        """The step in which a row lies; the row's derivatives; the weights of the step's coefficients."""
+        direction = self.sweep.direction
+        t = jnp.where(inside, tree.take(self._rows.ts, place), self.steps.starts[0])
+        passed = (self.steps.ends * direction < t * direction) & (jnp.arange(self.sweep.tape.chunk) < self.valid)
+        at = jnp.sum(passed, dtype=jnp.int32)
+        interpolant = tree.take(interpolants, at)
         g = tree.take(self.cotangent, place)
-        g = tree.where(taken, g, tree.zeros_like(g))
-        y = interpolant.evaluate(t)
-        a, observables, args = pull_row(rows, self.sweep.problem, t, y, g)
-        return a, observables, args, powers(interpolant.fraction(t), self.sweep.solver.dense_degree)
+        g = tree.where(inside, g, tree.zeros_like(g))
+        y = g if self._rows.fn is None else interpolant.evaluate(t)
+        return at, *pull_row(self._rows, self.sweep.problem, t, y, g), powers(interpolant.fraction(t), self._degree)
 
 
-BLOCK = 4
-"""Rows that are pulled back at a time. A step of an adaptive method rarely has more in it."""
+def _total(leaf: Array) -> Array:
+    return jnp.sum(leaf, axis=0)
 
 
-def _moments(weights: Float[Array, "rows degree"], g: Array) -> Array:
-    """sum over rows of weights[row, p] g[row]: the cotangent of the interpolant's coefficients."""
+def _outer(weights: Array, g: Array) -> Array:
+    """weights[row, ...] times g[row, ...], for all pairs of their other axes."""
     weights = weights.astype(tree.real_dtype(g.dtype))
-    return jnp.sum(weights.reshape(*weights.shape, *[1] * (g.ndim - 1)) * g[:, None], axis=0)
+    return weights.reshape(*weights.shape, *[1] * (g.ndim - 1)) * g.reshape(len(g), *[1] * (weights.ndim - 1), *g.shape[1:])

@@ -82,8 +82,9 @@ class ExplicitRungeKutta(eqx.Module):
         )
 
     def blank_step(self, t: Scalar, y: Arrays) -> Step:
-        """A step of no length at (t, y), without an error estimate."""
-        return Step(Interval(t, t, t, t), y, y, (tree.zeros_like(y),) * self.tableau.stages, None)
+        """A step of no length at (t, y), with its dense stages and without an error estimate."""
+        stages = (tree.zeros_like(y),) * (self.tableau.stages + self.extra_stages)
+        return Step(Interval(t, t, t, t), y, y, stages, None)
 
     def with_dense_stages(self, field: Field, step: Step) -> Step:
         """The step with the stages added that only its interpolant needs."""

@@ -1,0 +1,147 @@
+"""The architecture: imports go one way, private JAX stays in one place, importing the package starts nothing."""
+
+import ast
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+PACKAGE = pathlib.Path(__file__).parent.parent / "adjoint_jax"
+ROOMS = (
+    "lanes",
+    "tree",
+    "problem",
+    "interpolation",
+    "solvers",
+    "controllers",
+    "saveat",
+    "recorders",
+    "solution",
+    "integrate",
+    "adjoints",
+    "errors",
+    "solve",
+    "__init__",
+)
+"""Modules and sub-packages, from the top: each imports from its own sub-package and from what stands above it."""
+PRIVATE = ("equinox.internal", "jax._src", "jax.extend", "jaxlib")
+
+
+def module_name(path):
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if len(parts) > 1 and parts[-1] == "__init__" else parts)
+
+
+SOURCES = {module_name(path): ast.parse(path.read_text()) for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+def is_module(name):
+    return name in SOURCES
+
+
+def imported_names(source):
+    """Dotted names of everything that is imported, anywhere in a module, functions included."""
+    for node in ast.walk(source):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "Relative imports hide what is imported from where."
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def internal_imports(name):
+    """Modules of the package that a module imports."""
+    for imported in imported_names(SOURCES[name]):
+        head, _, rest = imported.partition(".")
+        if head != "adjoint_jax":
+            continue
+        while rest and not is_module(rest):
+            rest = rest.rpartition(".")[0]
+        yield rest or "__init__"
+
+
+def room(name):
+    return name.partition(".")[0]
+
+
+def attribute_chains(source):
+    """Dotted attribute accesses such as `jax.extend.core`, aliases of `jax` and `equinox` spelled out."""
+    aliases = {"eqx": "equinox"}
+    for node in ast.walk(source):
+        parts = []
+        while isinstance(node, ast.Attribute):
+            parts.append(node.attr)
+            node = node.value
+        if parts and isinstance(node, ast.Name):
+            yield ".".join([aliases.get(node.id, node.id), *reversed(parts)])
+
+
+def test_every_module_has_a_place_in_the_order():
+    assert {room(name) for name in SOURCES} == set(ROOMS)
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_a_module_imports_only_from_above(name):
+    for imported in internal_imports(name):
+        if room(imported) != room(name):
+            assert ROOMS.index(room(imported)) < ROOMS.index(room(name)), f"{name} imports {imported}"
+
+
+def test_no_import_cycle_within_a_room():
+    settled, remaining = set(), dict.fromkeys(SOURCES)
+    while remaining:
+        free = [name for name in remaining if not (set(internal_imports(name)) & remaining.keys()) - {name}]
+        assert free, f"Import cycle among {list(remaining)}"
+        settled.update(free)
+        for name in free:
+            del remaining[name]
+    assert settled == set(SOURCES)
+
+
+def test_the_loops_know_nothing_of_adjoints_and_adjoints_touch_no_loop():
+    assert not any(room(imported) in ("adjoints", "solve") for imported in internal_imports("integrate"))
+    for name in SOURCES:
+        if room(name) == "adjoints":
+            private = [i for i in imported_names(SOURCES[name]) if i.rpartition(".")[2].startswith("_")]
+            assert not private, f"{name} reaches into another file's private parts: {private}"
+
+
+def test_private_jax_is_confined_to_one_file():
+    users = {
+        name
+        for name, source in SOURCES.items()
+        for used in (*imported_names(source), *attribute_chains(source))
+        if used.startswith(PRIVATE)
+    }
+    assert len(users) <= 1, users
+
+
+def run_python(code, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def test_importing_starts_no_backend_and_flips_no_flag():
+    """With a platform that does not exist, everything that would start a backend fails."""
+    code = """
+import jax
+before = {name: getattr(jax.config, name) for name in ("jax_enable_x64", "jax_debug_nans", "jax_numpy_dtype_promotion")}
+import adjoint_jax
+adjoint_jax.PIDController(rtol=1e-6), adjoint_jax.Tsit5(), adjoint_jax.SaveAt(t1=True), adjoint_jax.DiscreteAdjoint()
+assert before == {name: getattr(jax.config, name) for name in before}
+print("imported")
+try:
+    jax.numpy.zeros(1)
+except Exception:
+    print("a backend cannot start here")
+"""
+    outcome = run_python(code, JAX_PLATFORMS="no_such_platform", JAX_ENABLE_X64="0")
+    assert outcome.stdout.splitlines() == ["imported", "a backend cannot start here"], outcome.stderr
