@@ -1,5 +1,6 @@
 """Differentiable ODE solvers for JAX: one contract, a family of adjoints."""
 
+from adjoint_jax.adjoints.backsolve import BacksolveAdjoint
 from adjoint_jax.adjoints.discrete import DiscreteAdjoint
 from adjoint_jax.controllers.grids import FixedSteps, StepTo
 from adjoint_jax.controllers.step_sizes import ConstantStepSize, PIDController, rms_norm
@@ -13,6 +14,7 @@ from adjoint_jax.solvers.tableau import ButcherTableau
 
 __all__ = [
     "RK4",
+    "BacksolveAdjoint",
     "Bosh3",
     "ButcherTableau",
     "ConstantStepSize",

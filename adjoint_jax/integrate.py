@@ -28,12 +28,14 @@ GRID_SEGMENT = 64
 
 
 class Report(NamedTuple):
-    """How an integration went: the time reached, its `Status`, counts, and the number of slots that were recorded."""
+    """How an integration went: the time reached, its `Status`, counts, the number of slots that were recorded, and the
+    step size that would come next."""
 
     reached: Scalar
     status: Int[Array, ""]
     stats: Stats
     slots: Int[Array, ""]
+    h: Scalar
 
 
 class Outcome(NamedTuple):
@@ -63,10 +65,20 @@ class Integrator(eqx.Module):
             raise ValueError(f"dt0 has no meaning for {type(self.controller).__name__}, whose grid is given.")
         return _GridLoop(problem, self.solver, self.controller, tuple(recorders)).run(grid, valid)
 
+    def restarted(self, h: Scalar) -> "Integrator":
+        """The same integrator, with a first step size where it has use for one."""
+        takes_step_size = isinstance(self.controller, AbstractStepSize) and self.controller.adapts
+        return Integrator(self.solver, self.controller, h if takes_step_size else None, self.max_steps)
+
     def grid_steps(self, problem: Problem) -> int | None:
         """The number of steps where it is known before the solution, else None."""
         grid = jax.eval_shape(self.controller.grid, problem.t0, problem.t1)
         return None if grid is None else grid.shape[0] - 1
+
+    def slots(self, problem: Problem) -> int:
+        """The largest number of steps."""
+        grid_steps = self.grid_steps(problem)
+        return self.max_steps if grid_steps is None else grid_steps
 
 
 class _Walk(NamedTuple):
@@ -117,7 +129,7 @@ class _SteppingLoop(NamedTuple):
         records = tuple(recorder.start(self.problem, layout) for recorder in self.recorders)
 
         def fill_chunk(progress: _Progress) -> _Progress:
-            return self._fill_chunk(progress, tree.buffer(layout.chunk, blank))
+            return self._fill_chunk(progress, layout.chunk)
 
         def fill_segment(progress: _Progress) -> _Progress:
             def unfilled(p: _Progress) -> Bool[Array, ""]:
@@ -139,7 +151,7 @@ class _SteppingLoop(NamedTuple):
     def _layout(self, blank: tuple[Any, ...]) -> Layout:
         limits = [recorder.segment_limit for recorder in self.recorders if recorder.segment_limit is not None]
         limit = min(limits, default=None)
-        chunk = chunk_length(blank)
+        chunk = chunk_length(blank, min(recorder.longest_chunk for recorder in self.recorders))
         if limit is None:
             slots = round_up(self.max_steps, chunk)
             return Layout(slots, slots, chunk)
@@ -169,11 +181,13 @@ class _SteppingLoop(NamedTuple):
     def _running(self, walk: _Walk) -> Bool[Array, ""]:
         return (walk.status == Status.SUCCESS) & (walk.t != self.problem.t1)
 
-    def _fill_chunk(self, progress: _Progress, empty: tuple[Any, ...]) -> _Progress:
-        chunk_slots = jax.tree.leaves(empty)[0].shape[0]
+    def _fill_chunk(self, progress: _Progress, slots: int) -> _Progress:
+        walk = progress.walk
+        blank = self._notes(self.solver.blank_step(walk.t, walk.y), jnp.array(False))
+        empty = tree.map(lambda leaf: jnp.broadcast_to(leaf, (slots, *leaf.shape)), blank)
 
         def unfilled(chunk: _Chunk) -> Bool[Array, ""]:
-            return any_lane(self._running(chunk.walk)) & (chunk.filled < chunk_slots)
+            return any_lane(self._running(chunk.walk)) & (chunk.filled < slots)
 
         def attempt(chunk: _Chunk) -> _Chunk:
             walk, step, accepted = self._attempt(chunk.walk)
@@ -181,7 +195,7 @@ class _SteppingLoop(NamedTuple):
             notes = tree.put(chunk.notes, chunk.filled, self._notes(step, accepted))
             return _Chunk(walk._replace(extra=walk.extra + extra), notes, chunk.filled + any_lane(accepted))
 
-        chunk = jax.lax.while_loop(unfilled, attempt, _Chunk(progress.walk, empty, _zero()))
+        chunk = jax.lax.while_loop(unfilled, attempt, _Chunk(walk, empty, _zero()))
         place = progress.place
         triples = zip(self.recorders, progress.records, chunk.notes, strict=True)
         records = tuple(recorder.write(record, place, notes) for recorder, record, notes in triples)
@@ -266,7 +280,7 @@ class _SteppingLoop(NamedTuple):
         attempts = walk.accepted + walk.rejected
         per_step = self.solver.tableau.stages - self.solver.reuses_last_stage
         stats = Stats(walk.accepted, walk.rejected, walk.extra + per_step * attempts)
-        return Report(walk.t, status, stats, slots)
+        return Report(walk.t, status, stats, slots, walk.h)
 
 
 class _Stride(NamedTuple):
@@ -319,7 +333,7 @@ class _GridLoop(NamedTuple):
         if self.solver.reuses_last_stage:
             evaluations += 1 - steps
         stats = Stats(_zero() + steps, _zero(), _zero() + evaluations)
-        return Outcome(y, records, Report(reached, status, stats, _zero() + steps))
+        return Outcome(y, records, Report(reached, status, stats, _zero() + steps, grid[-1] - grid[-2]))
 
     @property
     def _interpolates(self) -> bool:
@@ -345,13 +359,12 @@ class _GridLoop(NamedTuple):
 
 
 SMALL_ARRAY_BYTES = 512
-LONGEST_CHUNK = 8
 
 
-def chunk_length(notes: PyTree[Array]) -> int:
+def chunk_length(notes: PyTree[Array], longest: int) -> int:
     """How many notes a chunk holds: a power of two, so that no array of it is large (see `recorders`)."""
     largest = max((leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(notes)), default=1)
-    chunk = LONGEST_CHUNK
+    chunk = longest
     while chunk > 1 and chunk * largest > SMALL_ARRAY_BYTES:
         chunk //= 2
     return chunk

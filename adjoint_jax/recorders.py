@@ -53,6 +53,11 @@ class AbstractRecorder(eqx.Module):
         """How many steps it can hold before `flush` must be called; None for any number."""
         return None
 
+    @property
+    def longest_chunk(self) -> int:
+        """How many notes it takes at a time, at most."""
+        return 8
+
     @abc.abstractmethod
     def start(self, problem: Problem, layout: Layout) -> Any:
         """The empty record."""
@@ -64,7 +69,7 @@ class AbstractRecorder(eqx.Module):
     @abc.abstractmethod
     def write(self, record: Any, place: Place, notes: Any) -> Any:
         """Write the notes of some steps, along a leading axis, into the slots from `place` on. Behind the last step of an
-        integration there may be notes of none, all zero."""
+        integration there may be notes of steps of no length."""
 
     def flush(self, record: Any, place: Place, now: Scalar) -> Any:
         """Called when a segment is full (`place.position` slots of it) or the integration has ended, at time `now`."""

@@ -70,7 +70,9 @@ def solve(
     controller = controller.prepare(dtype)
     dt0 = None if dt0 is None else jnp.asarray(dt0, dtype)
     constants = "{} is a constant of the derivative: wrap it in jax.lax.stop_gradient."
+    adjoint = adjoint.prepare(dtype)
     controller = undifferentiable(controller, constants.format("A controller's tolerance or time"))
+    adjoint = undifferentiable(adjoint, constants.format("A tolerance or time of an adjoint's controller"))
     dt0 = undifferentiable(dt0, constants.format("dt0"))
     integrator = Integrator(solver, controller, dt0, max_steps)
     parts, solution = _solve(vector_field, t0, t1, canonical_state(y0), args, integrator, saveats, adjoint)

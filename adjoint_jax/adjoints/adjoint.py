@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, PyTree
+from jaxtyping import Array, Bool, DTypeLike, PyTree
 
 from adjoint_jax import tree
 from adjoint_jax.integrate import Integrator, Outcome, Report
@@ -38,6 +38,11 @@ class Inputs(NamedTuple):
 class AbstractAdjoint(eqx.Module):
     """A way to differentiate a solve."""
 
+    def prepare(self, dtype: DTypeLike) -> "AbstractAdjoint":
+        """The same adjoint with arrays for its numbers, times in the given dtype."""
+        del dtype
+        return self
+
     @abc.abstractmethod
     def solve(
         self, integrator: Integrator, problem: Problem, requests: Requests, valid: Bool[Array, ""]
@@ -54,21 +59,24 @@ def recorders(inputs: Inputs, integrator: Integrator) -> list[AbstractRecorder]:
     return chosen
 
 
-def saved(requests: Requests, outcome: Outcome) -> Saved:
+def saved(inputs: Inputs, integrator: Integrator, outcome: Outcome) -> Saved:
     """What the recorders of `recorders` have saved; records of further recorders are ignored."""
-    records = list(outcome.records)
-    count = len(requests.rows)
-    states = records[count] if requests.states else None
-    dense = records[count + requests.states] if requests.dense else None
+    requests, records = inputs.requests, list(outcome.records)
+    count, slots = len(requests.rows), integrator.slots(inputs.problem)
+    per_slot = tree.map(lambda leaf: leaf[:slots], records[count : count + requests.states + requests.dense])
     failed = outcome.report.status != Status.SUCCESS
-    y1 = tree.map(lambda leaf: jnp.where(failed, jnp.nan, leaf), outcome.y)
-    return Saved(y1, tuple(window.rows for window in records[:count]), states, dense)
+    return Saved(
+        y1=tree.map(lambda leaf: jnp.where(failed, jnp.nan, leaf), outcome.y),
+        rows=tuple(window.rows for window in records[:count]),
+        states=per_slot[0] if requests.states else None,
+        dense=per_slot[-1] if requests.dense else None,
+    )
 
 
 def integrate(inputs: Inputs, integrator: Integrator, valid: Bool[Array, ""]) -> tuple[Saved, Report]:
     """A solve without anything that a derivative would need."""
     outcome = integrator(inputs.problem, recorders(inputs, integrator), valid)
-    return saved(inputs.requests, outcome), outcome.report
+    return saved(inputs, integrator, outcome), outcome.report
 
 
 def materialise(cotangent: PyTree[Any], like: Arrays) -> Arrays:

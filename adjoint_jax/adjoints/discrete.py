@@ -105,7 +105,7 @@ class TapeRecorder(AbstractRecorder):
 
     def start(self, problem: Problem, layout: Layout) -> Tape:
         segment = layout.slots if self.length >= self.slots else round_up(self.length, layout.segment)
-        chunk = chunk_length(tree.buffer(self.solver.dense_degree, problem.y0))
+        chunk = chunk_length(tree.buffer(self.solver.dense_degree, problem.y0), self.longest_chunk)
         return Tape(
             times=jnp.full(layout.slots + chunk + 1, problem.t0),
             recent=tree.buffer(round_up(segment, chunk), problem.y0),
@@ -135,8 +135,7 @@ class TapeRecorder(AbstractRecorder):
 def tape_recorder(checkpoints: int | None, integrator: Integrator, problem: Problem) -> TapeRecorder:
     """The recorder with a segment length that suits the sizes known at trace time."""
     state_bytes = max(1, tree.size_in_bytes(problem.y0))
-    grid_steps = integrator.grid_steps(problem)
-    slots = integrator.max_steps if grid_steps is None else grid_steps
+    grid_steps, slots = integrator.grid_steps(problem), integrator.slots(problem)
     if checkpoints is not None:
         length = math.ceil(slots / checkpoints)
     elif grid_steps is None:
@@ -173,7 +172,7 @@ def _forward(
     states = iter(outcome.records[len(wanted) :])
     row_states = tuple(next(states).rows if is_wanted else None for is_wanted in times_wanted)
     residuals = _Residuals(outcome.records[-1], outcome.y, row_states, outcome.report)
-    return (saved(inputs.requests, outcome), outcome.report), residuals
+    return (saved(inputs, integrator, outcome), outcome.report), residuals
 
 
 @_solve.def_bwd
@@ -256,12 +255,13 @@ class _Sweep:
         return blame(materialise(cotangent, like), self._unreached(rows.ts))
 
     def _per_slot(self, cotangent: PyTree[Any], one: Arrays, keep_zero: bool = False) -> Arrays | None:
-        """The cotangents of what was saved in every slot, with a chunk of zeros behind them."""
+        """The cotangents of what was saved in every slot, with zeros behind them up to the tape's length."""
         if is_zero(cotangent) and not keep_zero:
             return None
-        slots = self.tape.times.shape[0] - 1
-        given = materialise(cotangent, tree.buffer(slots - self.tape.chunk, one))
-        return tree.map(lambda leaf: jnp.pad(leaf, [(0, self.tape.chunk), *[(0, 0)] * (leaf.ndim - 1)]), given)
+        slots = self.integrator.slots(self.problem)
+        padding = self.tape.times.shape[0] - slots
+        given = materialise(cotangent, tree.buffer(slots, one))
+        return tree.map(lambda leaf: jnp.pad(leaf, [(0, padding), *[(0, 0)] * (leaf.ndim - 1)]), given)
 
     def _unreached(self, ts: Float[Array, "..."]) -> Bool[Array, "..."]:
         return (self.report.status != Status.SUCCESS) & ~(ts * self.direction <= self.report.reached * self.direction)

@@ -1,7 +1,7 @@
 """What a controller is: the choice of the grid on which a method steps."""
 
 import abc
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import equinox as eqx
 import jax
@@ -50,6 +50,15 @@ class AbstractController(eqx.Module):
         del t0, t1
         return None
 
+    def between(self, intervals: int, steps: int | None) -> "AbstractController":
+        """The controller for one of so many intervals that the integration is divided into; `steps` as in `grid`."""
+        del intervals, steps
+        return self
+
+    def on_pairs(self) -> "AbstractController":
+        """The same control for pairs of states."""
+        return self
+
     def interval(self, start: Scalar, end: Scalar) -> Interval:
         """The step from start to end, with the times at which the field stands for its two ends."""
         return Interval(start, end, start, end)
@@ -62,9 +71,21 @@ class AbstractGrid(AbstractController):
     def grid(self, t0: Scalar, t1: Scalar) -> Float[Array, " times"]:
         """All times of the grid, the first t0 and the last t1."""
 
+    def between(self, intervals: int, steps: int | None) -> AbstractController:
+        """Equal steps, as many as fall to one interval."""
+        assert steps is not None
+        return self.with_steps(-(-steps // intervals))
+
+    @abc.abstractmethod
+    def with_steps(self, n: int) -> AbstractController:
+        """A grid of n equal steps."""
+
 
 class AbstractStepSize(AbstractController):
     """A controller that proposes one step at a time and stops exactly at the times where the field jumps or kinks."""
+
+    adapts: ClassVar[bool] = False
+    """Whether it can be told a first step size."""
 
     jump_ts: eqx.AbstractVar[Any]
 

@@ -28,6 +28,9 @@ class FixedSteps(AbstractGrid):
         del dtype
         return self
 
+    def with_steps(self, n: int) -> "FixedSteps":
+        return FixedSteps(n)
+
     def grid(self, t0: Scalar, t1: Scalar) -> Float[Array, " times"]:
         return jnp.append(t0 + (t1 - t0) * (jnp.arange(self.n) / self.n).astype(t0.dtype), t1)
 
@@ -45,6 +48,9 @@ class StepTo(AbstractGrid):
         if ts.ndim != 1 or ts.size < 2:
             raise ValueError(f"StepTo(ts) needs a one-dimensional array of at least two times, got shape {ts.shape}.")
         return StepTo(ts)
+
+    def with_steps(self, n: int) -> FixedSteps:
+        return FixedSteps(n)
 
     @property
     def given_times(self) -> Any:

@@ -1,7 +1,8 @@
 """Step sizes chosen one after the other: constant, or by an error estimate."""
 
+import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import equinox as eqx
 import jax
@@ -87,6 +88,8 @@ class PIDController(AbstractStepSize):
     Needs a method with an error estimate.
     """
 
+    adapts: ClassVar[bool] = True
+
     rtol: PyTree[Any] = 1e-5
     atol: PyTree[Any] = 1e-7
     pcoeff: Any = 0.2
@@ -122,6 +125,13 @@ class PIDController(AbstractStepSize):
             jump_ts=canonical_jumps(self.jump_ts, dtype),
         )
 
+    def on_pairs(self) -> "PIDController":
+        def norm(pair: tuple[PyTree[Any], PyTree[Any]]) -> Scalar:
+            return jnp.maximum(self.norm(pair[0]), self.norm(pair[1]))
+
+        rtol, atol = (self.rtol, self.rtol), (self.atol, self.atol)
+        return dataclasses.replace(self, rtol=rtol, atol=atol, norm=norm)
+
     def first(self, problem: Problem, solver: ExplicitRungeKutta, slope: Arrays, dt0: Scalar | None) -> Proposal:
         if solver.error_order is None:
             raise ValueError(
@@ -130,7 +140,7 @@ class PIDController(AbstractStepSize):
             )
         span = problem.t1 - problem.t0
         h = self._first_size(problem, solver.error_order, slope) if dt0 is None else dt0
-        size = self._bounded(jnp.minimum(jnp.abs(h), jnp.abs(span)))
+        size = self._bounded(jnp.abs(h))
         one = jnp.ones((), span.dtype)
         memory = _Errors(one, one, jnp.array(False))
         return Proposal(jax.lax.stop_gradient(size * jnp.sign(span)), memory, 1 if dt0 is None else 0)

@@ -99,12 +99,18 @@ class ExplicitRungeKutta(eqx.Module):
         coefficients = tree.stack([tree.weighted_sum(column, step.stages) for column in columns])
         return Interpolant(step.interval.start, step.interval.end, step.y0, tree.scale(h, coefficients))
 
-    def stage_values(self, step: Step) -> tuple[Float[Array, " stages"], Arrays]:
-        """The times and states at which the step's stages evaluated the field, stacked."""
-        h = step.interval.end - step.interval.start
-        combinations = [tree.weighted_sum(row, step.stages[: len(row)]) for row in self.tableau.a[1:]]
-        states = [step.y0] + [tree.add(step.y0, tree.scale(h, k)) for k in combinations]
-        return self._times(step.interval, self.tableau.c), tree.stack(states)
+    def quadrature(self, step: Step) -> tuple[Float[Array, " nodes"], Arrays, Float[Array, " nodes"]]:
+        """The method as a quadrature over the step: the times and states, stacked, at which its stages evaluated the
+        field, and the weights h b_i; without stages of zero weight."""
+        tableau, h = self.tableau, step.interval.end - step.interval.start
+        used = [i for i, weight in enumerate(tableau.b) if weight]
+
+        def state(i: int) -> Arrays:
+            return tree.add(step.y0, tree.scale(h, tree.weighted_sum(tableau.a[i], step.stages[:i]))) if i else step.y0
+
+        times = self._times(step.interval, tuple(tableau.c[i] for i in used))
+        weights = h * jnp.asarray([tableau.b[i] for i in used], h.dtype)
+        return times, tree.stack([state(i) for i in used]), weights
 
     # The transposed step. The step is
     #
