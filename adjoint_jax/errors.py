@@ -3,8 +3,11 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Int, Shaped
 
+from adjoint_jax import tree
 from adjoint_jax.lanes import any_lane
 from adjoint_jax.solution import Solution, SolveError, Status
 
@@ -20,15 +23,26 @@ def raise_on_failure(solution: Solution) -> Solution:
         _raise(*facts)
         return solution
     failed = any_lane(solution.status != Status.SUCCESS)
-    jax.lax.cond(failed, lambda: jax.debug.callback(_raise, *facts), lambda: None)
-    return solution
+    status = jax.lax.cond(failed, _call_back, lambda *facts: facts[0], *facts)
+
+    def depend(leaf: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
+        """A use of the checked status that never changes the leaf: without one, the check would be dead code."""
+        return jnp.where(status < 0, jnp.zeros_like(leaf), leaf)
+
+    return tree.map(depend, solution)
 
 
-def _raise(status: Any, t: Any, accepted: Any, rejected: Any) -> None:
-    status, t, accepted, rejected = np.broadcast_arrays(status, t, accepted, rejected)
+def _call_back(*facts: Array) -> Int[Array, ""]:
+    shape = jax.ShapeDtypeStruct((), facts[0].dtype)
+    return jax.pure_callback(_raise, shape, *facts, vmap_method="broadcast_all")
+
+
+def _raise(status: Any, t: Any, accepted: Any, rejected: Any) -> np.ndarray:
+    """Raise an error that tells of the first failure; return the status if there is none."""
+    status, t, accepted, rejected = (np.asarray(fact) for fact in (status, t, accepted, rejected))
     failures = np.argwhere(status != Status.SUCCESS)
-    if failures.size == 0 and status.size and np.all(status == Status.SUCCESS):
-        return
+    if not len(failures):
+        return status
     lane = tuple(failures[0])
     kind = Status(int(status[lane]))
     where = f" in lane {lane[0] if len(lane) == 1 else lane} of {status.shape}" if lane else ""

@@ -1,0 +1,1 @@
+"""Timings against peers: `python -m benchmarks`. See README.md in this folder."""
