@@ -19,7 +19,7 @@ def raise_on_failure(solution: Solution) -> Solution:
     calls back into Python if, and only if, it has failed.
     """
     facts = jax.lax.stop_gradient((solution.status, solution.t_end, solution.stats.accepted, solution.stats.rejected))
-    if not any(isinstance(fact, jax.core.Tracer) for fact in facts):
+    if not tree.is_traced(*facts):
         _raise(*facts)
         return solution
     failed = any_lane(solution.status != Status.SUCCESS)

@@ -44,21 +44,21 @@ def _horner(fraction: Scalar, coefficients: Array) -> Array:
 
 
 class Trajectory(NamedTuple):
-    """The interpolants of all steps, `count` of them valid, from t0 to the time reached."""
+    """The interpolants of all steps, `taken` of them valid, from t0 to the time reached."""
 
     steps: Interpolant
-    count: Int[Array, ""]
+    taken: Int[Array, ""]
     t0: Scalar
     reached: Scalar
 
     def evaluate(self, t: Scalar) -> Arrays:
         """The state at t; NaN outside of [t0, reached]."""
         direction = jnp.where(self.reached < self.t0, -1, 1).astype(self.t0.dtype)
-        index = jnp.clip(self._search(t, direction), 0, jnp.maximum(self.count - 1, 0))
+        index = jnp.clip(self._search(t, direction), 0, jnp.maximum(self.taken - 1, 0))
         value = tree.take(self.steps, index).evaluate(t)
         inside = (t * direction >= self.t0 * direction) & (t * direction <= self.reached * direction)
         return tree.map(lambda leaf: jnp.where(inside, leaf, jnp.nan), value)
 
     def _search(self, t: Scalar, direction: Scalar) -> Int[Array, ""]:
-        padded = jnp.where(jnp.arange(self.steps.end.shape[0]) < self.count, self.steps.end * direction, jnp.inf)
+        padded = jnp.where(jnp.arange(self.steps.end.shape[0]) < self.taken, self.steps.end * direction, jnp.inf)
         return jnp.searchsorted(padded, t * direction, side="left").astype(jnp.int32)

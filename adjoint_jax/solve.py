@@ -243,7 +243,7 @@ def _check_times(t0: Any, t1: Any, dtype: DTypeLike, saveats: list[SaveAt], cont
                 f"SaveAt(ts) must be a one-dimensional array of at least one time, got shape {np.shape(save.ts)}."
             )
     given = [t0, t1, controller.given_times, *(save.ts for save in saveats)]
-    if not any(isinstance(time, jax.core.Tracer) for time in given):
+    if not tree.is_traced(*given):
         t0, t1, grid, *ts = (None if time is None else np.asarray(time, dtype) for time in given)
         for is_wrong, message in _time_faults(t0, t1, grid, ts):
             if is_wrong:

@@ -7,9 +7,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Bool, DTypeLike, Float, Inexact, Int, PyTree, Shaped
+from jax.core import Tracer
+from jaxtyping import Array, ArrayLike, Bool, DTypeLike, Float, Inexact, Int, PyTree
 
-Arrays = PyTree[Shaped[Array, "..."] | None]
+Arrays = PyTree[Array]
 """A pytree whose leaves are arrays."""
 Scalar = Float[Array, ""]
 """A real number: a time, a step size, a norm."""
@@ -93,6 +94,11 @@ def pairing(cotangent: Arrays, tangent: Arrays) -> Inexact[Array, ""]:
 def all_finite(tree: Arrays) -> Bool[Array, ""]:
     """Whether no entry is NaN or infinite."""
     return functools.reduce(operator.and_, [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)], jnp.array(True))
+
+
+def is_traced(*values: Any) -> bool:
+    """Whether the value of any of them is known only when the program runs."""
+    return any(isinstance(value, Tracer) for value in values)
 
 
 def size_in_bytes(tree: PyTree[Any]) -> int:

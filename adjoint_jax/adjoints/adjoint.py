@@ -120,12 +120,12 @@ def times_cotangent(problem: Problem, rows: Rows, states: Arrays, cotangent: Arr
 
 def ends_cotangent(
     problem: Problem, integrator: Integrator, perturbed: Problem, at_end: tuple[Arrays, Arrays], a0: Arrays
-) -> tuple[Scalar | None, Scalar | None]:
-    """dJ/dt0 = -<a(t0), f(t0, y0)> and dJ/dt1 = <dJ/dy1, f(t1, y1)>, each None if nobody asks. `at_end`: y1, dJ/dy1."""
+) -> tuple[Scalar, Scalar]:
+    """dJ/dt0 = -<a(t0), f(t0, y0)> and dJ/dt1 = <dJ/dy1, f(t1, y1)>, each zero if nobody asks. `at_end`: y1, dJ/dy1."""
     ends = integrator.controller.interval(problem.t0, problem.t1)
     y1, g1 = at_end
-    t0 = -flow_cotangent(problem, ends.first, problem.y0, a0) if perturbed.t0 else None
-    t1 = flow_cotangent(problem, ends.last, y1, g1) if perturbed.t1 else None
+    t0 = -flow_cotangent(problem, ends.first, problem.y0, a0) if perturbed.t0 else jnp.zeros_like(problem.t0)
+    t1 = flow_cotangent(problem, ends.last, y1, g1) if perturbed.t1 else jnp.zeros_like(problem.t1)
     return t0, t1
 
 

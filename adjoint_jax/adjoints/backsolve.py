@@ -158,7 +158,10 @@ def _backward(
     a, (vector_field, args) = tree.scale(scale, a), tree.scale(scale, parameters)
     t0, t1 = ends_cotangent(problem, integrator, perturbed.problem, (saved.y1, y1_cotangent), a)
     all_rows = zip(requests.rows, perturbed.requests.rows, saved.rows, row_cotangents, strict=True)
-    ts = [times_cotangent(problem, r, ys, row) if p.ts and row is not None else None for r, p, ys, row in all_rows]
+    ts = [
+        times_cotangent(problem, rows, ys, row) if wanted.ts and row is not None else jnp.zeros_like(rows.ts)
+        for rows, wanted, ys, row in all_rows
+    ]
     cotangents = Requests(tuple(Rows(t, None) for t in ts), requests.states, requests.dense)
     return Inputs(Problem(vector_field, args, a, t0, t1), cotangents)
 

@@ -195,7 +195,9 @@ def _backward(
     rows = []
     for index, (request, states) in enumerate(zip(requests.rows, residuals.row_states, strict=True)):
         g = sweep.row_cotangents[index]
-        ts = None if states is None or g is None else times_cotangent(problem, request, states, g)
+        ts = jnp.zeros_like(request.ts)
+        if states is not None and g is not None:
+            ts = times_cotangent(problem, request, states, g)
         rows.append(Rows(ts, swept.observables[index]))
     return Inputs(Problem(vector_field, args, swept.a, t0, t1), Requests(tuple(rows), requests.states, requests.dense))
 
@@ -421,7 +423,7 @@ class _RowPull(NamedTuple):
     """The rows of one request that were saved inside a chunk of steps, pulled back to the steps' interpolants."""
 
     sweep: _Sweep
-    index: int
+    request: int
     valid: Int[Array, ""]
     steps: _Steps
     cotangent: Arrays
@@ -432,7 +434,7 @@ class _RowPull(NamedTuple):
         interpolants = self._interpolants()
 
         def more(carry: tuple[_Swept, _Observed]) -> Array:
-            return any_lane(self._inside(carry[0].remaining[self.index] - 1))
+            return any_lane(self._inside(carry[0].remaining[self.request] - 1))
 
         def pull(carry: tuple[_Swept, _Observed]) -> tuple[_Swept, _Observed]:
             return self._pull_block(interpolants, *carry)
@@ -441,7 +443,7 @@ class _RowPull(NamedTuple):
 
     @property
     def _rows(self) -> Rows:
-        return self.sweep.requests.rows[self.index]
+        return self.sweep.requests.rows[self.request]
 
     @property
     def _degree(self) -> int:
@@ -467,13 +469,13 @@ class _RowPull(NamedTuple):
         return jax.vmap(interpolant)(starts, ends, ys)
 
     def _pull_block(self, interpolants: Interpolant, swept: _Swept, observed: _Observed) -> tuple[_Swept, _Observed]:
-        remaining = swept.remaining[self.index]
+        remaining = swept.remaining[self.request]
         places = remaining - 1 - jnp.arange(min(len(self._rows.ts), PULLED_ROWS), dtype=jnp.int32)
         inside = jax.vmap(self._inside)(places)
         at, a, observables, args, weights = jax.vmap(lambda p, i: self._pull(interpolants, p, i))(places, inside)
-        swept = _with_observables(swept, self.index, *(tree.map(_total, part) for part in (observables, args)))
+        swept = _with_observables(swept, self.request, *(tree.map(_total, part) for part in (observables, args)))
         left = list(swept.remaining)
-        left[self.index] = remaining - jnp.sum(inside, dtype=jnp.int32)
+        left[self.request] = remaining - jnp.sum(inside, dtype=jnp.int32)
         of_step = at[:, None] == jnp.arange(self.sweep.tape.chunk)
         y0 = tree.map(lambda g: _total(_outer(of_step, g)), a)
         weights = of_step[:, :, None] * weights[:, None, :]

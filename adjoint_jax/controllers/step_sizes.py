@@ -229,12 +229,12 @@ def _resolution(t: Scalar) -> Scalar:
 
 
 def _not_negative(name: str, value: Any, dtype: DTypeLike | None = None) -> Array:
-    if not isinstance(value, jax.core.Tracer) and not np.all(np.asarray(value) >= 0):
+    if not tree.is_traced(value) and not np.all(np.asarray(value) >= 0):
         raise ValueError(f"{name} must not be negative, got {value}.")
     return jnp.asarray(value, jnp.result_type(float) if dtype is None else dtype)
 
 
 def _positive(name: str, value: Any, dtype: DTypeLike) -> Array:
-    if not isinstance(value, jax.core.Tracer) and not np.all(np.asarray(value) > 0):
+    if not tree.is_traced(value) and not np.all(np.asarray(value) > 0):
         raise ValueError(f"{name} must be positive, got {value}.")
     return jnp.asarray(value, dtype)

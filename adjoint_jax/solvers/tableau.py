@@ -1,7 +1,6 @@
 """Butcher tableaus: explicit Runge-Kutta methods as data."""
 
 import dataclasses
-import itertools
 import math
 
 Row = tuple[float, ...]
@@ -61,7 +60,7 @@ class ButcherTableau:
             self._require(_close(row, node), f"a row of a sums to {math.fsum(row)}, but its c is {node}")
         self._require(_close(self.b, 1.0), f"b sums to {math.fsum(self.b)}, expected 1")
         self._require(self.b_error is None or _close(self.b_error, 0.0), "b_error must sum to 0")
-        for row, weight in itertools.zip_longest(self.dense, self.b, fillvalue=0.0):
+        for row, weight in zip(self.dense, self.b + (0.0,) * len(self.dense_c), strict=True):
             self._require(_close(row, weight), f"dense weights end in {math.fsum(row)} at s = 1, expected b = {weight}")
 
     def _require(self, condition: bool, message: str) -> None:
