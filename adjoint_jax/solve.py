@@ -65,10 +65,10 @@ def solve(
     _check_arguments(vector_field, solver, controller, saveats, adjoint, max_steps)
     dtype = time_dtype(t0, t1, *(save.ts for save in saveats if save.ts is not None))
     _check_times(t0, t1, dtype, saveats, controller)
-    t0, t1 = jnp.asarray(t0, dtype), jnp.asarray(t1, dtype)
-    saveats = [save if save.ts is None else eqx.tree_at(_ts, save, jnp.asarray(save.ts, dtype)) for save in saveats]
+    t0, t1 = tree.as_array(t0, dtype), tree.as_array(t1, dtype)
+    saveats = [save if save.ts is None else eqx.tree_at(_ts, save, tree.as_array(save.ts, dtype)) for save in saveats]
     controller = controller.prepare(dtype)
-    dt0 = None if dt0 is None else jnp.asarray(dt0, dtype)
+    dt0 = None if dt0 is None else tree.as_array(dt0, dtype)
     constants = "{} is a constant of the derivative: wrap it in jax.lax.stop_gradient."
     adjoint = adjoint.prepare(dtype)
     controller = undifferentiable(controller, constants.format("A controller's tolerance or time"))

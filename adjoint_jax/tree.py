@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Bool, DTypeLike, Float, Inexact, Int, PyTree
 
@@ -99,6 +100,11 @@ def all_finite(tree: Arrays) -> Bool[Array, ""]:
 def is_traced(*values: Any) -> bool:
     """Whether the value of any of them is known only when the program runs."""
     return any(isinstance(value, Tracer) for value in values)
+
+
+def as_array(value: Any, dtype: DTypeLike) -> Array | np.ndarray:
+    """The value with the given dtype; in NumPy if it is known, which costs an eager caller nothing."""
+    return jnp.asarray(value, dtype) if is_traced(value) else np.asarray(value, dtype)
 
 
 def size_in_bytes(tree: PyTree[Any]) -> int:

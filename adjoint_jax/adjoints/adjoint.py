@@ -131,6 +131,8 @@ def ends_cotangent(
 
 def undifferentiable(values: PyTree[Any], explanation: str) -> PyTree[Any]:
     """The values; differentiating with respect to their arrays raises `TypeError` with the explanation."""
+    if not tree.is_traced(*jax.tree.leaves(values)):
+        return values
 
     @jax.custom_jvp
     def identity(arrays: PyTree[Array]) -> PyTree[Array]:

@@ -6,8 +6,10 @@ from typing import Any, ClassVar, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, DTypeLike, Float, PyTree
 
+from adjoint_jax import tree
 from adjoint_jax.problem import Interval, Problem
 from adjoint_jax.solvers.explicit_runge_kutta import ExplicitRungeKutta, Step
 from adjoint_jax.tree import Arrays, Scalar
@@ -130,11 +132,11 @@ def nudge(t: Scalar, towards: Scalar) -> Scalar:
     return t + jax.lax.stop_gradient(jnp.nextafter(t, towards) - t)
 
 
-def canonical_jumps(jump_ts: Any, dtype: DTypeLike) -> Float[Array, " jumps"] | None:
+def canonical_jumps(jump_ts: Any, dtype: DTypeLike) -> Float[Array | np.ndarray, " jumps"] | None:
     """The jump times as an array, None if there are none. Raises `ValueError` unless they are one-dimensional."""
-    if jump_ts is None or jnp.size(jump_ts) == 0:
+    if jump_ts is None or np.size(jump_ts) == 0:
         return None
-    jump_ts = jnp.asarray(jump_ts, dtype)
+    jump_ts = tree.as_array(jump_ts, dtype)
     if jump_ts.ndim != 1:
         raise ValueError(f"jump_ts must be a one-dimensional array of times, got shape {jump_ts.shape}.")
     return jump_ts

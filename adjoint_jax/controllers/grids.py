@@ -7,6 +7,7 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float
 
+from adjoint_jax import tree
 from adjoint_jax.controllers.controller import AbstractGrid
 from adjoint_jax.tree import Scalar
 
@@ -44,7 +45,7 @@ class StepTo(AbstractGrid):
     ts: Any
 
     def prepare(self, dtype: DTypeLike) -> "StepTo":
-        ts = jnp.asarray(self.ts, dtype)
+        ts = tree.as_array(self.ts, dtype)
         if ts.ndim != 1 or ts.size < 2:
             raise ValueError(f"StepTo(ts) needs a one-dimensional array of at least two times, got shape {ts.shape}.")
         return StepTo(ts)
@@ -57,4 +58,4 @@ class StepTo(AbstractGrid):
         return self.ts
 
     def grid(self, t0: Scalar, t1: Scalar) -> Float[Array, " times"]:
-        return self.ts.at[0].set(t0).at[-1].set(t1)
+        return jnp.asarray(self.ts).at[0].set(t0).at[-1].set(t1)

@@ -104,13 +104,13 @@ class PIDController(AbstractStepSize):
     jump_ts: Any = None
 
     def prepare(self, dtype: DTypeLike) -> "PIDController":
-        def tolerance(name: str) -> PyTree[Array]:
+        def tolerance(name: str) -> PyTree[Any]:
             return jax.tree.map(lambda value: _not_negative(f"PIDController({name})", value), getattr(self, name))
 
-        def coefficient(name: str) -> Array:
+        def coefficient(name: str) -> Array | np.ndarray:
             return _not_negative(f"PIDController({name})", getattr(self, name), dtype)
 
-        def bound(name: str) -> Array | None:
+        def bound(name: str) -> Array | np.ndarray | None:
             value = getattr(self, name)
             return None if value is None else _positive(f"PIDController({name})", value, dtype)
 
@@ -228,13 +228,13 @@ def _resolution(t: Scalar) -> Scalar:
     return jnp.maximum(4 * info.eps * jnp.abs(t), 16 * info.tiny)
 
 
-def _not_negative(name: str, value: Any, dtype: DTypeLike | None = None) -> Array:
+def _not_negative(name: str, value: Any, dtype: DTypeLike | None = None) -> Array | np.ndarray:
     if not tree.is_traced(value) and not np.all(np.asarray(value) >= 0):
         raise ValueError(f"{name} must not be negative, got {value}.")
-    return jnp.asarray(value, jnp.result_type(float) if dtype is None else dtype)
+    return tree.as_array(value, jnp.result_type(float) if dtype is None else dtype)
 
 
-def _positive(name: str, value: Any, dtype: DTypeLike) -> Array:
+def _positive(name: str, value: Any, dtype: DTypeLike) -> Array | np.ndarray:
     if not tree.is_traced(value) and not np.all(np.asarray(value) > 0):
         raise ValueError(f"{name} must be positive, got {value}.")
-    return jnp.asarray(value, dtype)
+    return tree.as_array(value, dtype)
