@@ -51,7 +51,7 @@ class Integrator(eqx.Module):
 
     solver: ExplicitRungeKutta
     controller: AbstractController
-    dt0: Scalar | None
+    dt0: Any
     max_steps: int = eqx.field(static=True)
 
     def __call__(self, problem: Problem, recorders: Sequence[AbstractRecorder], valid: Bool[Array, ""]) -> Outcome:
@@ -142,7 +142,7 @@ class _SteppingLoop(NamedTuple):
             return progress._replace(records=flushed)
 
         progress = _Progress(walk, records, Place(zero, zero, self.problem.t0))
-        whole = layout.segment >= layout.slots
+        whole = all(recorder.segment_limit is None for recorder in self.recorders)
         progress = jax.lax.while_loop(
             lambda p: any_lane(self._running(p.walk)), fill_chunk if whole else fill_segment, progress
         )
@@ -270,7 +270,7 @@ class _SteppingLoop(NamedTuple):
             return slope, _zero()
         jumped = accepted & self.controller.jumps_at(step.interval.end)
         behind = self.controller.interval(step.interval.end, self.problem.t1).first
-        fresh = jax.lax.cond(any_lane(jumped), self.problem.field, lambda t, y: slope, behind, step.y1)
+        fresh = jax.lax.cond(any_lane(jumped), lambda t, y: self.problem.field(t, y), lambda t, y: slope, behind, step.y1)
         return tree.where(jumped, fresh, slope), jumped.astype(jnp.int32)
 
     def _report(self, walk: _Walk, slots: Int[Array, ""]) -> Report:
@@ -278,7 +278,9 @@ class _SteppingLoop(NamedTuple):
         unresolvable = starved & self.controller.unresolvable(walk.y)
         status = jnp.where(unresolvable, Status.TOLERANCE_TOO_SMALL, walk.status).astype(jnp.int32)
         attempts = walk.accepted + walk.rejected
-        per_step = self.solver.tableau.stages - self.solver.reuses_last_stage
+        per_step = self.solver.evaluations(
+            estimated=self.controller.adapts, interpolated=any(recorder.interpolates for recorder in self.recorders)
+        )
         stats = Stats(walk.accepted, walk.rejected, walk.extra + per_step * attempts)
         return Report(walk.t, status, stats, slots, walk.h)
 
@@ -288,6 +290,13 @@ class _Stride(NamedTuple):
 
     start: Float[Array, "..."]
     end: Float[Array, "..."]
+
+
+class _Finite(NamedTuple):
+    """A state that is finite, and the number of steps that led to it."""
+
+    y: Arrays
+    steps: Int[Array, ""]
 
 
 class _GridLoop(NamedTuple):
@@ -308,7 +317,7 @@ class _GridLoop(NamedTuple):
         records = tuple(recorder.start(problem, layout) for recorder in self.recorders)
 
         def run_segment(carry: tuple[Any, ...], segment_strides: tuple[_Stride, Array]) -> tuple[tuple[Any, ...], None]:
-            y, slope, records, reached = carry
+            y, slope, records, finite = carry
             strides, slot = segment_strides
 
             def take_stride(carry: tuple[Arrays, Any], stride: _Stride) -> tuple[tuple[Arrays, Any], tuple[Any, ...]]:
@@ -322,26 +331,41 @@ class _GridLoop(NamedTuple):
             place = Place(slot + segment, _zero() + segment, begin)
             pairs = zip(self.recorders, records, strict=True)
             records = tuple(recorder.flush(record, place, end) for recorder, record in pairs)
-            return (y, slope, records, jnp.where(tree.all_finite(y), end, reached)), None
+            here = _Finite(y, slot + segment)
+            return (y, slope, records, tree.where(tree.all_finite(y), here, finite)), None
 
         slots = segment * jnp.arange(strides.start.shape[0], dtype=jnp.int32)
-        carry = (problem.y0, slope, records, problem.t0)
-        y, _, records, reached = jax.lax.scan(run_segment, carry, (strides, slots))[0]
+        carry = (problem.y0, slope, records, _Finite(problem.y0, _zero()))
+        y, _, records, finite = jax.lax.scan(run_segment, carry, (strides, slots))[0]
         status = jnp.where(tree.all_finite(y), Status.SUCCESS, Status.NON_FINITE)
         status = jnp.where(valid, status, Status.INVALID_TIMES).astype(jnp.int32)
-        evaluations = steps * self._stages
-        if self.solver.reuses_last_stage:
-            evaluations += 1 - steps
-        stats = Stats(_zero() + steps, _zero(), _zero() + evaluations)
-        return Outcome(y, records, Report(reached, status, stats, _zero() + steps, grid[-1] - grid[-2]))
+        taken = self._finite_steps(grid, finite)
+        per_step = self.solver.evaluations(estimated=False, interpolated=self._interpolates)
+        per_step += self.solver.extra_stages * self._interpolates
+        stats = Stats(taken, _zero(), _zero() + (steps * per_step + self.solver.reuses_last_stage))
+        return Outcome(y, records, Report(tree.take(grid, taken), status, stats, _zero() + steps, grid[-1] - grid[-2]))
+
+    def _finite_steps(self, grid: Float[Array, " times"], known: _Finite) -> Int[Array, ""]:
+        """How many steps have a finite result: those up to the last segment that ends so, and those after it, which are
+        taken again one by one."""
+        steps = grid.shape[0] - 1
+
+        def goes_on(walk: tuple[_Finite, Bool[Array, ""]]) -> Bool[Array, ""]:
+            return any_lane(walk[1] & (walk[0].steps < steps))
+
+        def take(walk: tuple[_Finite, Bool[Array, ""]]) -> tuple[_Finite, Bool[Array, ""]]:
+            (y, n), finite = walk
+            interval = self.controller.interval(tree.take(grid, n), tree.take(grid, n + 1))
+            y1 = self.solver.step(self.problem.field, interval, y, None).y1
+            finite &= (n < steps) & tree.all_finite(y1)
+            return tree.where(finite, _Finite(y1, n + 1), _Finite(y, n)), finite
+
+        start = known._replace(steps=jnp.minimum(known.steps, steps))
+        return jax.lax.while_loop(goes_on, take, (start, jnp.array(True)))[0].steps
 
     @property
     def _interpolates(self) -> bool:
         return any(recorder.interpolates for recorder in self.recorders)
-
-    @property
-    def _stages(self) -> int:
-        return self.solver.tableau.stages + self.solver.extra_stages * self._interpolates
 
     def _stride(
         self, carry: tuple[Arrays, Any], stride: _Stride, padded: bool

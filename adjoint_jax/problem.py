@@ -109,10 +109,22 @@ def canonical_state(y0: PyTree[Any]) -> Arrays:
     return jax.tree_util.tree_map_with_path(canonical, y0)
 
 
+def canonical_args(args: PyTree[Any], y0: Arrays) -> PyTree[Any]:
+    """The args with arrays in place of Python floats and complex numbers, in the precision of the state."""
+    precision = jnp.result_type(*jax.tree.leaves(y0), jnp.float16) if jax.tree.leaves(y0) else jnp.result_type(float)
+    real = tree.real_dtype(precision)
+
+    def canonical(leaf: Any) -> Any:
+        if isinstance(leaf, float):
+            return jnp.asarray(leaf, real)
+        return jnp.asarray(leaf, jnp.result_type(real, jnp.complex64)) if isinstance(leaf, complex) else leaf
+
+    return jax.tree.map(canonical, args)
+
+
 def time_dtype(*times: Any) -> DTypeLike:
     """The common dtype of times: at least float32; the default float if all are Python numbers or integers."""
-    present = [time for time in times if time is not None]
-    common = jnp.result_type(*present)
+    common = jnp.result_type(*times)
     if not jnp.issubdtype(common, jnp.floating):
         common = jnp.result_type(float)
     return jnp.promote_types(common, jnp.float32)

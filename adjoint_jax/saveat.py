@@ -31,7 +31,7 @@ class SaveAt(eqx.Module):
     Raises `ValueError` if nothing is to be saved, or for combinations that have no meaning.
     """
 
-    ts: Any = None
+    ts: Any = eqx.field(default=None, converter=tree.as_times)
     t0: bool = eqx.field(static=True, default=False, kw_only=True)
     t1: bool = eqx.field(static=True, default=False, kw_only=True)
     steps: bool = eqx.field(static=True, default=False, kw_only=True)
@@ -49,6 +49,11 @@ class SaveAt(eqx.Module):
             raise ValueError("SaveAt(dense=True, fn=...): fn does not apply to dense output; apply it to evaluate(t).")
 
 
+def observe(fn: Observable | None, t: Scalar, y: Arrays, args: PyTree[Any]) -> Arrays:
+    """What is saved of a state: fn(t, y, args), or the state itself."""
+    return y if fn is None else tree.map(jnp.asarray, fn(t, y, args))
+
+
 class Rows(eqx.Module):
     """The states at given times, or what `fn` makes of them."""
 
@@ -57,7 +62,7 @@ class Rows(eqx.Module):
 
     def apply(self, t: Scalar, y: Arrays, args: PyTree[Any]) -> Arrays:
         """One row."""
-        return y if self.fn is None else self.fn(t, y, args)
+        return observe(self.fn, t, y, args)
 
 
 class Requests(eqx.Module):
@@ -69,9 +74,5 @@ class Requests(eqx.Module):
 
 
 def hoist_observable(fn: Observable, problem: Problem) -> Observable:
-    """`fn` as a pytree that holds every array it closes over, returning arrays."""
-
-    def arrays(t: Scalar, y: Arrays, args: PyTree[Any]) -> Arrays:
-        return tree.map(jnp.asarray, fn(t, y, args))
-
-    return eqx.filter_closure_convert(arrays, problem.t0, problem.y0, problem.args)
+    """`fn` as a pytree that holds every array it closes over."""
+    return eqx.filter_closure_convert(fn, problem.t0, problem.y0, problem.args)

@@ -82,7 +82,7 @@ class Solution(eqx.Module):
     - `trajectory`: with `SaveAt(dense=True)`, the interpolants; see `evaluate`.
     """
 
-    ts: PyTree[Float[Array, " rows"] | None]
+    ts: PyTree[Float[Array, "_"] | None]
     ys: PyTree[Any]
     stats: Stats
     status: Int[Array, ""]

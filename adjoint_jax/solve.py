@@ -12,13 +12,13 @@ from jaxtyping import Array, Bool, DTypeLike, Float, PyTree
 from adjoint_jax import tree
 from adjoint_jax.adjoints.adjoint import AbstractAdjoint, Saved, undifferentiable
 from adjoint_jax.adjoints.discrete import DiscreteAdjoint
-from adjoint_jax.controllers.controller import AbstractController
+from adjoint_jax.controllers.controller import AbstractController, positive
 from adjoint_jax.controllers.step_sizes import PIDController
 from adjoint_jax.errors import raise_on_failure
 from adjoint_jax.integrate import Integrator, Report
 from adjoint_jax.interpolation import Trajectory
-from adjoint_jax.problem import Problem, VectorField, canonical_state, hoist, time_dtype
-from adjoint_jax.saveat import Requests, Rows, SaveAt, hoist_observable
+from adjoint_jax.problem import Problem, VectorField, canonical_args, canonical_state, hoist, time_dtype
+from adjoint_jax.saveat import Requests, Rows, SaveAt, hoist_observable, observe
 from adjoint_jax.solution import Solution, Status
 from adjoint_jax.solvers.explicit_runge_kutta import ExplicitRungeKutta
 from adjoint_jax.solvers.methods import Tsit5
@@ -47,7 +47,8 @@ def solve(
     - `t0`, `t1`: numbers; t1 < t0 integrates backward. Times have their own dtype, float64 or float32: that of the times
       given, or JAX's default if they are Python numbers.
     - `y0`: a pytree of real or complex floating-point arrays, of any shapes. What is saved has its dtypes.
-    - `args`: any pytree, passed on to `vector_field`.
+    - `args`: any pytree, passed on to `vector_field`. Python floats in it become arrays of the state's precision, so that
+      changing them recompiles nothing; integers, strings and functions are static.
     - `solver`: the method. `controller`: how it steps. `saveat`: what is saved, a `SaveAt` or a pytree of several.
     - `adjoint`: how the solve is differentiated.
     - `dt0`: the first step size of an adaptive controller, in units of time; by default it is estimated.
@@ -68,14 +69,15 @@ def solve(
     t0, t1 = tree.as_array(t0, dtype), tree.as_array(t1, dtype)
     saveats = [save if save.ts is None else eqx.tree_at(_ts, save, tree.as_array(save.ts, dtype)) for save in saveats]
     controller = controller.prepare(dtype)
-    dt0 = None if dt0 is None else tree.as_array(dt0, dtype)
+    y0 = canonical_state(y0)
+    dt0 = None if dt0 is None else positive("dt0", dt0, dtype)
     constants = "{} is a constant of the derivative: wrap it in jax.lax.stop_gradient."
     adjoint = adjoint.prepare(dtype)
     controller = undifferentiable(controller, constants.format("A controller's tolerance or time"))
     adjoint = undifferentiable(adjoint, constants.format("A tolerance or time of an adjoint's controller"))
     dt0 = undifferentiable(dt0, constants.format("dt0"))
     integrator = Integrator(solver, controller, dt0, max_steps)
-    parts, solution = _solve(vector_field, t0, t1, canonical_state(y0), args, integrator, saveats, adjoint)
+    parts, solution = _solve(vector_field, t0, t1, y0, canonical_args(args, y0), integrator, saveats, adjoint)
     ts, ys = (jax.tree.unflatten(structure, part) for part in zip(*parts, strict=True))
     solution = Solution(ts, ys, *solution)
     return raise_on_failure(solution) if throw else solution
@@ -143,7 +145,7 @@ def _assemble(
     """The times and rows of one SaveAt, in the order t0, inner rows, t1."""
     parts: list[tuple[Array, Arrays]] = []
     if save.t0:
-        parts.append((problem.t0[None], _single(_observe(save, problem.t0, problem.y0, problem.args))))
+        parts.append((problem.t0[None], _single(observe(save.fn, problem.t0, problem.y0, problem.args))))
     if save.ts is not None:
         parts.append((save.ts, inner))
     if save.steps:
@@ -156,16 +158,12 @@ def _assemble(
     return jnp.concatenate(times), tree.map(lambda *leaves: jnp.concatenate(leaves), *rows)
 
 
-def _observe(save: SaveAt, t: Scalar, y: Arrays, args: PyTree[Any]) -> Arrays:
-    return y if save.fn is None else save.fn(t, y, args)
-
-
 def _final_row(save: SaveAt, problem: Problem, saved: Saved, report: Report) -> Arrays:
     """y(t1), or what fn makes of it; NaN if t1 was not reached. fn sees y0 then, so that its derivative stays finite."""
     if save.fn is None:
         return saved.y1
     success = report.status == Status.SUCCESS
-    row = _observe(save, problem.t1, tree.where(success, saved.y1, problem.y0), problem.args)
+    row = observe(save.fn, problem.t1, tree.where(success, saved.y1, problem.y0), problem.args)
     return _masked(row, success)
 
 
@@ -185,7 +183,7 @@ def _step_rows(save: SaveAt, problem: Problem, saved: Saved, report: Report) -> 
         return jnp.where(last.reshape(shape), final, rows)
 
     times = jax.lax.stop_gradient(gather(states.ts, problem.t1, problem.t0))
-    rows = jax.vmap(lambda t, y: _observe(save, t, y, problem.args))(
+    rows = jax.vmap(lambda t, y: observe(save.fn, t, y, problem.args))(
         times, tree.map(gather, states.ys, saved.y1, problem.y0)
     )
     return jnp.where(valid, times, jnp.nan), jax.vmap(_masked)(rows, valid)
@@ -237,6 +235,8 @@ def _check_times(t0: Any, t1: Any, dtype: DTypeLike, saveats: list[SaveAt], cont
     for time, name in ((t0, "t0"), (t1, "t1")):
         if np.ndim(time) != 0:
             raise ValueError(f"{name} must be a scalar, got shape {np.shape(time)}; use jax.vmap for several.")
+        if jnp.iscomplexobj(time):
+            raise TypeError(f"{name} must be a real number, got {time}.")
     for save in saveats:
         if save.ts is not None and (np.ndim(save.ts) != 1 or np.size(save.ts) == 0):
             raise ValueError(
@@ -245,9 +245,10 @@ def _check_times(t0: Any, t1: Any, dtype: DTypeLike, saveats: list[SaveAt], cont
     given = [t0, t1, controller.given_times, *(save.ts for save in saveats)]
     if not tree.is_traced(*given):
         t0, t1, grid, *ts = (None if time is None else np.asarray(time, dtype) for time in given)
-        for is_wrong, message in _time_faults(t0, t1, grid, ts):
-            if is_wrong:
-                raise ValueError(message)
+        with np.errstate(invalid="ignore"):
+            for is_wrong, message in _time_faults(t0, t1, grid, ts):
+                if is_wrong:
+                    raise ValueError(message)
 
 
 def _valid_times(problem: Problem, saveats: list[SaveAt], controller: AbstractController) -> Bool[Array, ""]:

@@ -107,6 +107,13 @@ def as_array(value: Any, dtype: DTypeLike) -> Array | np.ndarray:
     return jnp.asarray(value, dtype) if is_traced(value) else np.asarray(value, dtype)
 
 
+def as_times(times: Any) -> Any:
+    """Lists and tuples of times as arrays; anything else as it is."""
+    if not isinstance(times, list | tuple):
+        return times
+    return jnp.asarray(times) if is_traced(*times) else np.asarray(times)
+
+
 def size_in_bytes(tree: PyTree[Any]) -> int:
     """Bytes of all leaves together, from their shapes and dtypes."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

@@ -140,3 +140,17 @@ def canonical_jumps(jump_ts: Any, dtype: DTypeLike) -> Float[Array | np.ndarray,
     if jump_ts.ndim != 1:
         raise ValueError(f"jump_ts must be a one-dimensional array of times, got shape {jump_ts.shape}.")
     return jump_ts
+
+
+def not_negative(name: str, value: Any, dtype: DTypeLike | None = None) -> Array | np.ndarray:
+    """The value as an array. Raises `ValueError` if it is known to be negative or NaN."""
+    if not tree.is_traced(value) and not np.all(np.asarray(value) >= 0):
+        raise ValueError(f"{name} must not be negative, got {value}.")
+    return tree.as_array(value, jnp.result_type(float) if dtype is None else dtype)
+
+
+def positive(name: str, value: Any, dtype: DTypeLike) -> Array | np.ndarray:
+    """The value as an array. Raises `ValueError` if it is known not to be positive."""
+    if not tree.is_traced(value) and not np.all(np.asarray(value) > 0):
+        raise ValueError(f"{name} must be positive, got {value}.")
+    return tree.as_array(value, dtype)

@@ -5,6 +5,7 @@ from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, DTypeLike, Float
 
 from adjoint_jax import tree
@@ -42,13 +43,16 @@ class StepTo(AbstractGrid):
     The inner times are constants of the derivative; those with respect to the two ends are t0's and t1's.
     """
 
-    ts: Any
+    ts: Any = eqx.field(converter=tree.as_times)
+
+    def __check_init__(self) -> None:
+        if np.ndim(self.ts) != 1 or np.size(self.ts) < 2:
+            raise ValueError(
+                f"StepTo(ts) needs a one-dimensional array of at least two times, got shape {np.shape(self.ts)}."
+            )
 
     def prepare(self, dtype: DTypeLike) -> "StepTo":
-        ts = tree.as_array(self.ts, dtype)
-        if ts.ndim != 1 or ts.size < 2:
-            raise ValueError(f"StepTo(ts) needs a one-dimensional array of at least two times, got shape {ts.shape}.")
-        return StepTo(ts)
+        return StepTo(tree.as_array(self.ts, dtype))
 
     def with_steps(self, n: int) -> FixedSteps:
         return FixedSteps(n)

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Bool, DTypeLike, PyTree
 
 from adjoint_jax import tree
-from adjoint_jax.controllers.controller import AbstractStepSize, Proposal, Verdict, canonical_jumps
+from adjoint_jax.controllers.controller import AbstractStepSize, Proposal, Verdict, canonical_jumps, not_negative, positive
 from adjoint_jax.problem import Problem
 from adjoint_jax.solvers.explicit_runge_kutta import ExplicitRungeKutta, Step
 from adjoint_jax.tree import Arrays, Scalar
@@ -22,10 +22,10 @@ class ConstantStepSize(AbstractStepSize):
     a time of `jump_ts`, is shorter. A step whose result is not finite ends the integration."""
 
     dt: Any
-    jump_ts: Any = None
+    jump_ts: Any = eqx.field(default=None, converter=tree.as_times)
 
     def prepare(self, dtype: DTypeLike) -> "ConstantStepSize":
-        dt = _positive("ConstantStepSize(dt)", self.dt, dtype)
+        dt = positive("ConstantStepSize(dt)", self.dt, dtype)
         return ConstantStepSize(dt, canonical_jumps(self.jump_ts, dtype))
 
     def first(self, problem: Problem, solver: ExplicitRungeKutta, slope: Arrays, dt0: Scalar | None) -> Proposal:
@@ -101,18 +101,18 @@ class PIDController(AbstractStepSize):
     dtmin: Any = None
     dtmax: Any = None
     norm: Callable[[PyTree[Any]], Scalar] = eqx.field(static=True, default=rms_norm)
-    jump_ts: Any = None
+    jump_ts: Any = eqx.field(default=None, converter=tree.as_times)
 
     def prepare(self, dtype: DTypeLike) -> "PIDController":
         def tolerance(name: str) -> PyTree[Any]:
-            return jax.tree.map(lambda value: _not_negative(f"PIDController({name})", value), getattr(self, name))
+            return jax.tree.map(lambda value: not_negative(f"PIDController({name})", value), getattr(self, name))
 
         def coefficient(name: str) -> Array | np.ndarray:
-            return _not_negative(f"PIDController({name})", getattr(self, name), dtype)
+            return not_negative(f"PIDController({name})", getattr(self, name), dtype)
 
         def bound(name: str) -> Array | np.ndarray | None:
             value = getattr(self, name)
-            return None if value is None else _positive(f"PIDController({name})", value, dtype)
+            return None if value is None else positive(f"PIDController({name})", value, dtype)
 
         names = ("pcoeff", "icoeff", "dcoeff", "safety", "factor_min", "factor_max")
         return PIDController(
@@ -139,7 +139,7 @@ class PIDController(AbstractStepSize):
                 "or FixedSteps(n), or a method such as Tsit5()."
             )
         span = problem.t1 - problem.t0
-        h = self._first_size(problem, solver.error_order, slope) if dt0 is None else dt0
+        h = self._first_size(problem, solver.error_order, slope) if dt0 is None else jnp.where(dt0 == 0, span, dt0)
         size = self._bounded(jnp.abs(h))
         one = jnp.ones((), span.dtype)
         memory = _Errors(one, one, jnp.array(False))
@@ -172,8 +172,9 @@ class PIDController(AbstractStepSize):
         factor = jnp.where(finite, self._factor(ratio, memory, solver.error_order + 1), self.factor_min)
         factor = jnp.minimum(factor, jnp.where(accepted & ~memory.rejected, self.factor_max, 1.0))
         adapted = self._bounded(jnp.abs(size) * factor)
-        # A step cut short to end at a given time says little about the size that it was cut from.
-        cut_short = accepted & (jnp.abs(size) < jnp.abs(proposal))
+        # A step cut short to end at a given time says little about the size that it was cut from. The margin is for
+        # rounding: without a cut, size is (t + h) - t.
+        cut_short = accepted & (jnp.abs(size) < 0.999 * jnp.abs(proposal))
         adapted = jnp.where(cut_short, jnp.maximum(adapted, jnp.abs(proposal)), adapted)
         remembered = _Errors(
             jnp.where(accepted, ratio, memory.last), jnp.where(accepted, memory.last, memory.before), ~accepted
@@ -226,15 +227,3 @@ def _resolution(t: Scalar) -> Scalar:
     """The distance between neighbouring floating-point times around t, a few times over."""
     info = jnp.finfo(t.dtype)
     return jnp.maximum(4 * info.eps * jnp.abs(t), 16 * info.tiny)
-
-
-def _not_negative(name: str, value: Any, dtype: DTypeLike | None = None) -> Array | np.ndarray:
-    if not tree.is_traced(value) and not np.all(np.asarray(value) >= 0):
-        raise ValueError(f"{name} must not be negative, got {value}.")
-    return tree.as_array(value, jnp.result_type(float) if dtype is None else dtype)
-
-
-def _positive(name: str, value: Any, dtype: DTypeLike) -> Array | np.ndarray:
-    if not tree.is_traced(value) and not np.all(np.asarray(value) > 0):
-        raise ValueError(f"{name} must be positive, got {value}.")
-    return tree.as_array(value, dtype)

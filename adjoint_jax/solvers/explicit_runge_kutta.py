@@ -67,6 +67,23 @@ class ExplicitRungeKutta(eqx.Module):
         """Stages that only the interpolant needs."""
         return len(self.tableau.dense_c)
 
+    def evaluations(self, *, estimated: bool, interpolated: bool) -> int:
+        """Field evaluations of one step after another: the stages on which the step depends, its error estimate if that is
+        used, and its interpolant if there is one (without the stages that only the interpolant needs)."""
+        tableau = self.tableau
+        rows = tableau.a + tableau.dense_a
+        needed = {i for i, weight in enumerate(tableau.b) if weight}
+        if estimated and tableau.b_error is not None:
+            needed |= {i for i, weight in enumerate(tableau.b_error) if weight}
+        if interpolated:
+            needed |= {i for i, row in enumerate(tableau.dense) if any(row)}
+        for i in reversed(range(len(rows))):
+            if i in needed:
+                needed |= {j for j, weight in enumerate(rows[i]) if weight}
+        if self.reuses_last_stage:
+            needed |= {tableau.stages - 1}
+        return len([i for i in needed if i < tableau.stages]) - self.reuses_last_stage
+
     def step(self, field: Field, interval: Interval, y: Arrays, first: Arrays | None) -> Step:
         """One step from y over the interval. `first` is the field at its start if that is known."""
         stages = [field(interval.first, y) if first is None else first]
