@@ -79,7 +79,7 @@ def solve(
     integrator = Integrator(solver, controller, dt0, max_steps)
     parts, solution = _solve(vector_field, t0, t1, y0, canonical_args(args, y0), integrator, saveats, adjoint)
     ts, ys = (jax.tree.unflatten(structure, part) for part in zip(*parts, strict=True))
-    solution = Solution(ts, ys, *solution)
+    solution = Solution(tree.map(jnp.asarray, ts), ys, *solution)
     return raise_on_failure(solution) if throw else solution
 
 
@@ -236,7 +236,7 @@ def _check_times(t0: Any, t1: Any, dtype: DTypeLike, saveats: list[SaveAt], cont
         if np.ndim(time) != 0:
             raise ValueError(f"{name} must be a scalar, got shape {np.shape(time)}; use jax.vmap for several.")
         if jnp.iscomplexobj(time):
-            raise TypeError(f"{name} must be a real number, got {time}.")
+            raise TypeError(f"{name} must be a real number, got {time}, which is complex.")
     for save in saveats:
         if save.ts is not None and (np.ndim(save.ts) != 1 or np.size(save.ts) == 0):
             raise ValueError(

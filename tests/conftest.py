@@ -1,9 +1,17 @@
-"""What all tests share: float64 by default, and run-time checks of every annotation of the package."""
+"""What all tests share: float64 by default, and run-time checks of every annotation of the package.
 
+Most of the suite's time is compilation, so XLA's more expensive optimisations are left out. The examples and benchmarks run
+with all of them.
+"""
+
+import os
 import sys
 
-import jax
-import jaxtyping
+FAST_COMPILATION = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FAST_COMPILATION}"
+
+import jax  # noqa: E402
+import jaxtyping  # noqa: E402
 
 jax.config.update("jax_enable_x64", True)
 

@@ -10,22 +10,37 @@ import pytest
 import adjoint_jax as aj
 
 METHODS = (aj.Euler, aj.Midpoint, aj.Heun, aj.Ralston, aj.Bosh3, aj.RK4, aj.Dopri5, aj.Tsit5, aj.Vern7, aj.Dopri8)
-ORDERS = {"Euler": 1, "Midpoint": 2, "Heun": 2, "Ralston": 2, "Bosh3": 3, "RK4": 4, "Dopri5": 5, "Tsit5": 5, "Vern7": 7, "Dopri8": 8}
-DENSE_ORDERS = {
-    "Euler": 1, "Midpoint": 2, "Heun": 2, "Ralston": 2, "Bosh3": 3, "RK4": 3, "Dopri5": 4, "Tsit5": 4, "Vern7": 7, "Dopri8": 7
-}  # fmt: skip
+ORDERS = {
+    "Euler": (1, 1),
+    "Midpoint": (2, 2),
+    "Heun": (2, 2),
+    "Ralston": (2, 2),
+    "Bosh3": (3, 3),
+    "RK4": (4, 3),
+    "Dopri5": (5, 4),
+    "Tsit5": (5, 4),
+    "Vern7": (7, 7),
+    "Dopri8": (8, 7),
+}
+"""Of the step and of its dense output."""
 each_method = pytest.mark.parametrize("method", METHODS, ids=lambda method: method.__name__)
 T0, T1 = 0.3, 2.3
 
 
+def slope(xp, t, u, v):
+    """Nonlinear, coupled and explicit in time, with the solution u = sin 2t, v = cos t."""
+    sin, cos = xp.sin, xp.cos
+    du = 2 * cos(2 * t) + u * v - sin(2 * t) * cos(t) + 4 * (v - cos(t))
+    dv = -sin(t) - v**3 + cos(t) ** 3 - 4 * (xp.exp(u) - xp.exp(sin(2 * t)))
+    return xp.stack([du, dv])
+
+
 def field(t, y, args):
-    """Nonlinear, coupled and explicit in time."""
-    u, v = y
-    return jnp.stack([-2 * t * u**2, v * (2 * u - 1)])
+    return slope(jnp, t, *y)
 
 
 def exact(t):
-    return np.stack([1 / (1 + t**2), np.exp(2 * np.arctan(t) - t)], axis=-1)
+    return np.stack([np.sin(2 * t), np.cos(t)], axis=-1)
 
 
 def observed_order(errors, ratio):
@@ -34,30 +49,31 @@ def observed_order(errors, ratio):
     return np.log(errors[:-1] / errors[1:]) / np.log(ratio)
 
 
-GRIDS = {1: (256, 512), 2: (64, 128), 3: (32, 64), 4: (32, 64), 5: (24, 48), 7: (10, 20), 8: (8, 16)}
+GRIDS = {1: (256, 512), 2: (64, 128), 3: (48, 96), 4: (48, 96), 5: (48, 96), 7: (20, 40), 8: (12, 24)}
 """Numbers of steps, so that errors are asymptotic and above rounding."""
 
 
 @each_method
 def test_global_order_of_steps_and_dense_output(method):
     solver, name = method(), method.__name__
-    assert (solver.order, solver.tableau.dense_order) == (ORDERS[name], DENSE_ORDERS[name])
-    at_end, inside = [], []
+    assert (solver.order, solver.tableau.dense_order) == ORDERS[name]
+    y0 = exact(np.array(T0))
+    at_steps, inside = [], []
     off_grid = np.linspace(T0, T1, 334)[1:-1]
     for steps in GRIDS[solver.order]:
-        saveat = (aj.SaveAt(t1=True), aj.SaveAt(off_grid))
-        solution = aj.solve(field, T0, T1, exact(np.array(T0)), solver=solver, controller=aj.FixedSteps(steps), saveat=saveat)
-        end, rows = solution.ys
-        at_end.append(np.abs(end[0] - exact(np.array(T1))).max())
-        inside.append(np.abs(rows - exact(off_grid)).max())
-    assert at_end[-1] > 1e-14
-    (order,), (dense_order,) = observed_order(at_end, 2), observed_order(inside, 2)
-    assert order == pytest.approx(solver.order, abs=0.35)
+        saveat = (aj.SaveAt(steps=True), aj.SaveAt(off_grid))
+        solution = aj.solve(field, T0, T1, y0, solver=solver, controller=aj.FixedSteps(steps), saveat=saveat)
+        grid = np.linspace(T0, T1, steps + 1)[1:]
+        at_steps.append(np.abs(solution.ys[0] - exact(grid)).max())
+        inside.append(np.abs(solution.ys[1] - exact(off_grid)).max())
+    assert at_steps[-1] > 1e-13
+    (order,), (dense_order,) = observed_order(at_steps, 2), observed_order(inside, 2)
+    assert -0.4 < order - solver.order < 0.9
     # A dense output of order q has local errors of order q + 1, between steps whose errors have the method's order.
-    assert dense_order == pytest.approx(min(solver.order, solver.tableau.dense_order + 1), abs=0.35)
+    assert -0.4 < dense_order - min(solver.order, solver.tableau.dense_order + 1) < 0.9
 
 
-SIZES = {1: 0.01, 2: 0.05, 3: 0.1, 4: 0.1, 5: 0.2, 7: 0.4, 8: 0.4}
+SIZES = {1: 0.05, 2: 0.05, 3: 0.05, 4: 0.05, 5: 0.05, 7: 0.05, 8: 0.1}
 
 
 @each_method
@@ -77,7 +93,7 @@ def test_local_order_of_a_step_and_of_its_dense_output(method):
     ts, y1, rows = one_step(h)
     step_errors = np.abs(y1[:, 0] - exact(T0 + h)).max(axis=-1)
     dense_errors = np.abs(rows - exact(np.asarray(ts))).max(axis=(-1, -2))
-    assert min(step_errors[-1], dense_errors[-1]) > 1e-14
+    assert min(step_errors[-1], dense_errors[-1]) > 5e-15
     assert observed_order(step_errors, 2)[0] == pytest.approx(solver.order + 1, abs=0.5)
     assert observed_order(dense_errors, 2)[0] == pytest.approx(solver.tableau.dense_order + 1, abs=0.5)
 
@@ -97,11 +113,10 @@ KUTTA3 = aj.ButcherTableau(
 
 def kutta3_by_hand(steps):
     h, y = (T1 - T0) / steps, exact(np.array(T0))
-    rhs = lambda t, y: np.array([-2 * t * y[0] ** 2, y[1] * (2 * y[0] - 1)])  # noqa: E731
     for t in T0 + h * np.arange(steps):
-        k1 = rhs(t, y)
-        k2 = rhs(t + h / 2, y + h / 2 * k1)
-        k3 = rhs(t + h, y + h * (2 * k2 - k1))
+        k1 = slope(np, t, *y)
+        k2 = slope(np, t + h / 2, *(y + h / 2 * k1))
+        k3 = slope(np, t + h, *(y + h * (2 * k2 - k1)))
         y = y + h / 6 * (k1 + 4 * k2 + k3)
     return y
 
@@ -117,7 +132,7 @@ def test_a_custom_tableau_is_the_method_it_says():
 
 
 def test_a_custom_tableau_has_its_order():
-    errors = [np.abs(custom_tableau_end(steps) - exact(np.array(T1))).max() for steps in (20, 40)]
+    errors = [np.abs(custom_tableau_end(steps) - exact(np.array(T1))).max() for steps in (80, 160)]
     assert observed_order(errors, 2)[0] == pytest.approx(3, abs=0.3)
 
 
