@@ -3,7 +3,7 @@
 They know a method's step, a controller's decisions and the recorders' protocol, and nothing of adjoints.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -23,6 +23,7 @@ from adjoint_jax.tree import Arrays, Scalar
 STRETCH = 1.001
 """A step may be longer than proposed by this factor if it then ends where it must stop, rather than just before."""
 
+GRID_SEGMENT_BYTES = 256 * 1024
 GRID_SEGMENT = 64
 """Steps of a given grid between two looks at whether the state is still finite."""
 
@@ -149,9 +150,8 @@ class _SteppingLoop(NamedTuple):
         return Outcome(progress.walk.y, progress.records, self._report(progress.walk, progress.place.slot))
 
     def _layout(self, blank: tuple[Any, ...]) -> Layout:
-        limits = [recorder.segment_limit for recorder in self.recorders if recorder.segment_limit is not None]
-        limit = min(limits, default=None)
-        chunk = chunk_length(blank, min(recorder.longest_chunk for recorder in self.recorders))
+        limit = min(_limits(recorder.segment_limit for recorder in self.recorders), default=None)
+        chunk = min([chunk_length(blank), *_limits(recorder.longest_chunk for recorder in self.recorders)])
         if limit is None:
             slots = round_up(self.max_steps, chunk)
             return Layout(slots, slots, chunk)
@@ -309,8 +309,7 @@ class _GridLoop(NamedTuple):
 
     def run(self, grid: Float[Array, " times"], valid: Bool[Array, ""]) -> Outcome:
         problem, steps = self.problem, grid.shape[0] - 1
-        limits = [recorder.segment_limit for recorder in self.recorders if recorder.segment_limit is not None]
-        segment = even_segment(steps, min([GRID_SEGMENT, *limits]))
+        segment = even_segment(steps, self._longest_segment())
         strides, padding = _strides(grid, segment)
         layout = Layout(steps + padding, segment, segment)
         slope = problem.field(problem.t0, problem.y0) if self.solver.reuses_last_stage else None
@@ -321,7 +320,7 @@ class _GridLoop(NamedTuple):
             strides, slot = segment_strides
 
             def take_stride(carry: tuple[Arrays, Any], stride: _Stride) -> tuple[tuple[Arrays, Any], tuple[Any, ...]]:
-                return self._stride(carry, stride, padding > 0)
+                return self._stride(carry, stride)
 
             (y, slope), notes = jax.lax.scan(take_stride, (y, slope), strides)
             begin, end = strides.start[0], strides.end[-1]
@@ -345,6 +344,14 @@ class _GridLoop(NamedTuple):
         stats = Stats(taken, _zero(), _zero() + (steps * per_step + self.solver.reuses_last_stage))
         return Outcome(y, records, Report(tree.take(grid, taken), status, stats, _zero() + steps, grid[-1] - grid[-2]))
 
+    def _longest_segment(self) -> int:
+        """A segment's notes are held twice, in a scan's output and where they are written: so they must not be large."""
+        blank_step = self.solver.blank_step(self.problem.t0, self.problem.y0)
+        blank = [recorder.note(blank_step, jnp.array(False)) for recorder in self.recorders]
+        fitting = max(1, GRID_SEGMENT_BYTES // max(1, tree.size_in_bytes(blank)))
+        limits = [r.segment_limit for r in self.recorders] + [r.longest_chunk for r in self.recorders]
+        return min([GRID_SEGMENT, fitting, *_limits(limits)])
+
     def _finite_steps(self, grid: Float[Array, " times"], known: _Finite) -> Int[Array, ""]:
         """How many steps have a finite result: those up to the last segment that ends so, and those after it, which are
         taken again one by one."""
@@ -367,31 +374,33 @@ class _GridLoop(NamedTuple):
     def _interpolates(self) -> bool:
         return any(recorder.interpolates for recorder in self.recorders)
 
-    def _stride(
-        self, carry: tuple[Arrays, Any], stride: _Stride, padded: bool
-    ) -> tuple[tuple[Arrays, Any], tuple[Any, ...]]:
+    def _stride(self, carry: tuple[Arrays, Any], stride: _Stride) -> tuple[tuple[Arrays, Any], tuple[Any, ...]]:
         y, slope = carry
         interval = self.controller.interval(stride.start, stride.end)
         step = self.solver.step(self.problem.field, interval, y, slope)
         if self._interpolates:
             step = self.solver.with_dense_stages(self.problem.field, step)
         taken = stride.start != stride.end
-        if padded:
-            step = step._replace(y1=tree.where(taken, step.y1, y))
+        step = step._replace(y1=tree.where(taken, step.y1, y))
         slope = step.stages[self.solver.tableau.stages - 1] if self.solver.reuses_last_stage else None
         return (step.y1, slope), tuple(recorder.note(step, taken) for recorder in self.recorders)
 
 
 SMALL_ARRAY_BYTES = 512
+LONGEST_CHUNK = 8
 
 
-def chunk_length(notes: PyTree[Array], longest: int) -> int:
+def chunk_length(notes: PyTree[Array]) -> int:
     """How many notes a chunk holds: a power of two, so that no array of it is large (see `recorders`)."""
     largest = max((leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(notes)), default=1)
-    chunk = longest
+    chunk = LONGEST_CHUNK
     while chunk > 1 and chunk * largest > SMALL_ARRAY_BYTES:
         chunk //= 2
     return chunk
+
+
+def _limits(numbers: Iterable[int | None]) -> list[int]:
+    return [number for number in numbers if number is not None]
 
 
 def round_up(number: int, multiple: int) -> int:

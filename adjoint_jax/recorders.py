@@ -54,9 +54,9 @@ class AbstractRecorder(eqx.Module):
         return None
 
     @property
-    def longest_chunk(self) -> int:
-        """How many notes it takes at a time, at most."""
-        return 8
+    def longest_chunk(self) -> int | None:
+        """How many notes it takes at a time, at most; None for any number."""
+        return None
 
     @abc.abstractmethod
     def start(self, problem: Problem, layout: Layout) -> Any:

@@ -182,7 +182,7 @@ def _step_rows(save: SaveAt, problem: Problem, saved: Saved, report: Report) -> 
         rows = jnp.where(valid.reshape(shape), leaf[order], fallback)
         return jnp.where(last.reshape(shape), final, rows)
 
-    times = jax.lax.stop_gradient(gather(states.ts, problem.t1, problem.t0))
+    times = jnp.where(last, problem.t1, jax.lax.stop_gradient(gather(states.ts, problem.t1, problem.t0)))
     rows = jax.vmap(lambda t, y: observe(save.fn, t, y, problem.args))(
         times, tree.map(gather, states.ys, saved.y1, problem.y0)
     )

@@ -87,8 +87,10 @@ def stack(trees: Sequence[Arrays]) -> Arrays:
 
 def pairing(cotangent: Arrays, tangent: Arrays) -> Inexact[Array, ""]:
     """The pairing <cotangent, tangent> in JAX's convention (real part, no conjugate): the cotangent of a real scalar
-    along which the tree moves with velocity `tangent`."""
-    products = [jnp.sum((a * b).real) for a, b in zip(jax.tree.leaves(cotangent), jax.tree.leaves(tangent), strict=True)]
+    along which the tree moves with velocity `tangent`. Nothing comes of a cotangent that is zero, even where the tangent
+    is not finite."""
+    leaves = zip(jax.tree.leaves(cotangent), jax.tree.leaves(tangent), strict=True)
+    products = [jnp.sum(jnp.where(a == 0, 0, a * b).real) for a, b in leaves]
     return functools.reduce(operator.add, products, jnp.zeros(()))
 
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, DTypeLike, PyTree
+from jaxtyping import Array, Bool, DTypeLike, Float, PyTree
 
 from adjoint_jax import tree
 from adjoint_jax.integrate import Integrator, Outcome, Report
@@ -104,18 +104,29 @@ def blame(cotangent: Arrays, unreached: Bool[Array, "..."]) -> Arrays:
     return tree.map(leaf_blame, cotangent)
 
 
-def times_cotangent(problem: Problem, rows: Rows, states: Arrays, cotangent: Arrays) -> Array:
-    """dJ/dts of saved rows: how they change as the state is carried along the flow."""
+def times_cotangent(
+    problem: Problem, rows: Rows, states: Arrays, reached: Bool[Array, " rows"], cotangent: Arrays
+) -> Array:
+    """dJ/dts of saved rows, as the state is carried along the flow; zero for rows that were not reached."""
 
-    def one(t: Scalar, y: Arrays, g: Arrays) -> Scalar:
-        slope = problem.field(t, y)
+    def one(t: Scalar, y: Arrays, reached: Bool[Array, ""], g: Arrays) -> Scalar:
+        y = tree.where(reached, y, problem.y0)
+        _, pullback = jax.vjp(lambda t, y: rows.apply(t, y, problem.args), t, y)
+        explicit, a = pullback(g)
+        return explicit + flow_cotangent(problem, t, y, a)
 
-        def along_flow(time: Scalar) -> Arrays:
-            return rows.apply(time, tree.add(y, tree.scale(time - t, slope)), problem.args)
+    return jax.vmap(one)(rows.ts, states, reached, cotangent)
 
-        return jax.vjp(along_flow, t)[1](g)[0]
 
-    return jax.vmap(one)(rows.ts, states, cotangent)
+def reached_rows(problem: Problem, report: Report, ts: Float[Array, " rows"]) -> Bool[Array, " rows"]:
+    """Which of the times were reached."""
+    direction = jnp.where(problem.t1 < problem.t0, -1, 1).astype(ts.dtype)
+    return (report.status == Status.SUCCESS) | (ts * direction <= report.reached * direction)
+
+
+def unknown_if(blamed: Bool[Array, ""], values: PyTree[Any]) -> PyTree[Any]:
+    """The values, or NaN."""
+    return tree.map(lambda leaf: jnp.where(blamed, jnp.nan, leaf), values)
 
 
 def ends_cotangent(
@@ -124,6 +135,7 @@ def ends_cotangent(
     """dJ/dt0 = -<a(t0), f(t0, y0)> and dJ/dt1 = <dJ/dy1, f(t1, y1)>, each zero if nobody asks. `at_end`: y1, dJ/dy1."""
     ends = integrator.controller.interval(problem.t0, problem.t1)
     y1, g1 = at_end
+    y1 = tree.where(tree.all_finite(y1), y1, problem.y0)
     t0 = -flow_cotangent(problem, ends.first, problem.y0, a0) if perturbed.t0 else jnp.zeros_like(problem.t0)
     t1 = flow_cotangent(problem, ends.last, y1, g1) if perturbed.t1 else jnp.zeros_like(problem.t1)
     return t0, t1

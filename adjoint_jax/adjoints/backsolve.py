@@ -17,7 +17,9 @@ from adjoint_jax.adjoints.adjoint import (
     integrate,
     is_zero,
     materialise,
+    reached_rows,
     times_cotangent,
+    unknown_if,
 )
 from adjoint_jax.adjoints.reverse_ode import Observations, ReverseState, sweep
 from adjoint_jax.controllers.controller import AbstractController
@@ -80,14 +82,12 @@ def _observed(rows: Rows, problem: Problem, ys: Arrays, report: Report) -> Array
     """What fn makes of the saved states; NaN where they were not reached, with a finite derivative."""
     if rows.fn is None:
         return ys
-    direction = jnp.where(problem.t1 < problem.t0, -1, 1).astype(problem.t0.dtype)
 
-    def one(t: Scalar, y: Arrays) -> Arrays:
-        reached = (report.status == Status.SUCCESS) | (t * direction <= report.reached * direction)
+    def one(t: Scalar, y: Arrays, reached: Bool[Array, ""]) -> Arrays:
         row = rows.apply(t, tree.where(reached, y, problem.y0), problem.args)
         return tree.map(lambda leaf: jnp.where(reached, leaf, jnp.asarray(jnp.nan, leaf.dtype)), row)
 
-    return jax.vmap(one)(rows.ts, ys)
+    return jax.vmap(one)(rows.ts, ys, reached_rows(problem, report, rows.ts))
 
 
 @eqx.filter_custom_vjp
@@ -145,6 +145,8 @@ def _backward(
     if g.dense is not None and not is_zero((g.dense.y0, g.dense.coefficients)):
         source, parameters = _dense_source(inputs, integrator, saved, report, g)
         sources.append(source)
+    asked = [y1_cotangent, *(row for row in row_cotangents if row is not None)]
+    parameters = unknown_if(failed & ~tree.all_finite(asked), parameters)
     observations, scale, begin = _merged(sources, y1_cotangent, direction, report, problem)
     start = ReverseState(
         t=begin,
@@ -159,7 +161,9 @@ def _backward(
     t0, t1 = ends_cotangent(problem, integrator, perturbed.problem, (saved.y1, y1_cotangent), a)
     all_rows = zip(requests.rows, perturbed.requests.rows, saved.rows, row_cotangents, strict=True)
     ts = [
-        times_cotangent(problem, rows, ys, row) if wanted.ts and row is not None else jnp.zeros_like(rows.ts)
+        times_cotangent(problem, rows, ys, reached_rows(problem, report, rows.ts), row)
+        if wanted.ts and row is not None
+        else jnp.zeros_like(rows.ts)
         for rows, wanted, ys, row in all_rows
     ]
     cotangents = Requests(tuple(Rows(t, None) for t in ts), requests.states, requests.dense)

@@ -19,9 +19,11 @@ from adjoint_jax.adjoints.adjoint import (
     integrate,
     is_zero,
     materialise,
+    reached_rows,
     recorders,
     saved,
     times_cotangent,
+    unknown_if,
 )
 from adjoint_jax.integrate import Integrator, Report, chunk_length, round_up
 from adjoint_jax.interpolation import Interpolant, powers
@@ -105,7 +107,7 @@ class TapeRecorder(AbstractRecorder):
 
     def start(self, problem: Problem, layout: Layout) -> Tape:
         segment = layout.slots if self.length >= self.slots else round_up(self.length, layout.segment)
-        chunk = chunk_length(tree.buffer(self.solver.dense_degree, problem.y0), self.longest_chunk)
+        chunk = chunk_length(tree.buffer(self.solver.dense_degree, problem.y0))
         return Tape(
             times=jnp.full(layout.slots + chunk + 1, problem.t0),
             recent=tree.buffer(round_up(segment, chunk), problem.y0),
@@ -197,7 +199,8 @@ def _backward(
         g = sweep.row_cotangents[index]
         ts = jnp.zeros_like(request.ts)
         if states is not None and g is not None:
-            ts = times_cotangent(problem, request, states, g)
+            reached = reached_rows(problem, residuals.report, request.ts)
+            ts = times_cotangent(problem, request, states, reached, g)
         rows.append(Rows(ts, swept.observables[index]))
     return Inputs(Problem(vector_field, args, swept.a, t0, t1), Requests(tuple(rows), requests.states, requests.dense))
 
@@ -237,10 +240,11 @@ class _Sweep:
     def __init__(self, inputs: Inputs, integrator: Integrator, residuals: _Residuals, cotangent: Saved):
         self.problem, self.requests = inputs
         self.integrator, self.solver = integrator, integrator.solver
-        self.tape, self.report, self.y1 = residuals.tape, residuals.report, residuals.y1
+        self.report, self.y1 = residuals.report, residuals.y1
+        self.tape = self._standing_still(residuals.tape)
         self.direction = jnp.where(self.problem.t1 < self.problem.t0, -1, 1).astype(self.problem.t0.dtype)
         self.row_cotangents = [self._rows(*pair) for pair in zip(self.requests.rows, cotangent.rows, strict=True)]
-        self.y1_cotangent = cotangent.y1
+        self.y1_cotangent = blame(materialise(cotangent.y1, self.y1), self.report.status != Status.SUCCESS)
         self.states = None if cotangent.states is None else self._per_slot(cotangent.states.ys, self.problem.y0)
         self.dense_y0 = self.dense_coefficients = None
         if cotangent.dense is not None and not is_zero((cotangent.dense.y0, cotangent.dense.coefficients)):
@@ -252,9 +256,9 @@ class _Sweep:
         if is_zero(cotangent):
             return None
         problem = self.problem
-        one = jax.eval_shape(rows.apply, problem.t0, problem.y0, problem.args)
+        one = jax.eval_shape(lambda t, y: rows.apply(t, y, problem.args), problem.t0, problem.y0)
         like = tree.map(lambda leaf: jnp.zeros((len(rows.ts), *leaf.shape), leaf.dtype), one)
-        return blame(materialise(cotangent, like), self._unreached(rows.ts))
+        return blame(materialise(cotangent, like), ~reached_rows(problem, self.report, rows.ts))
 
     def _per_slot(self, cotangent: PyTree[Any], one: Arrays, keep_zero: bool = False) -> Arrays | None:
         """The cotangents of what was saved in every slot, with zeros behind them up to the tape's length."""
@@ -265,22 +269,28 @@ class _Sweep:
         given = materialise(cotangent, tree.buffer(slots, one))
         return tree.map(lambda leaf: jnp.pad(leaf, [(0, padding), *[(0, 0)] * (leaf.ndim - 1)]), given)
 
-    def _unreached(self, ts: Float[Array, "..."]) -> Bool[Array, "..."]:
-        return (self.report.status != Status.SUCCESS) & ~(ts * self.direction <= self.report.reached * self.direction)
+    def _standing_still(self, tape: Tape) -> Tape:
+        """The tape of a given grid, where it goes on behind a failure, with steps of no length there."""
+        if self.integrator.grid_steps(self.problem) is None:
+            return tape
+        taken = jnp.arange(tape.times.shape[0]) <= self.report.stats.accepted
+        return dataclasses.replace(tape, times=jnp.where(taken, tape.times, self.report.reached))
+
+    @property
+    def blamed(self) -> Bool[Array, ""]:
+        """Whether the loss depends on something that was not reached."""
+        asked = [self.y1_cotangent, *self.row_cotangents]
+        return (self.report.status != Status.SUCCESS) & ~tree.all_finite([g for g in asked if g is not None])
 
     def final_cotangent(self) -> Arrays:
         """dJ/dy1, NaN where the loss depends on something that was not reached."""
-        failed = self.report.status != Status.SUCCESS
-        g = blame(materialise(self.y1_cotangent, self.y1), failed)
-        blamed = [~tree.all_finite(rows) for rows in self.row_cotangents if rows is not None]
-        any_blamed = failed & jnp.any(jnp.array([False, *blamed]))
-        return tree.map(lambda leaf: jnp.where(any_blamed, jnp.nan, leaf), g)
+        return unknown_if(self.blamed, self.y1_cotangent)
 
     def run(self, a: Arrays) -> _Swept:
         """From a(t1) to a(t0)."""
         swept = _Swept(
             a,
-            tree.zeros_like(self.problem.parameters),
+            unknown_if(self.blamed, tree.zeros_like(self.problem.parameters)),
             tuple(tree.zeros_like(eqx.filter(rows.fn, eqx.is_inexact_array)) for rows in self.requests.rows),
             tuple(self._count_until(rows.ts, self.report.reached) for rows in self.requests.rows),
         )

@@ -42,11 +42,12 @@ class ReverseState(NamedTuple):
 
 
 class _StageNote(NamedTuple):
-    """The stages of one reverse step: times, states, and a times the quadrature's weights."""
+    """The stages of one reverse step: times, states, and a times the quadrature's weights; and whether it was taken."""
 
     times: Float[Array, " stages"]
     ys: Arrays
     weighted: Arrays
+    taken: Bool[Array, ""]
 
 
 class QuadratureRecorder(AbstractRecorder):
@@ -69,17 +70,20 @@ class QuadratureRecorder(AbstractRecorder):
         weights = jnp.where(accepted, -weights, 0.0)
         y, a = tree.map(lambda leaf: jnp.broadcast_to(leaf, (len(times), *leaf.shape)), step.y0)
         ys, cotangents = tree.where(accepted, (ys, cotangents), (y, a))
-        return _StageNote(times, ys, jax.vmap(tree.scale)(weights, cotangents))
+        return _StageNote(times, ys, jax.vmap(tree.scale)(weights, cotangents), accepted)
 
     def write(self, record: PyTree[Any], place: Place, notes: _StageNote) -> PyTree[Any]:
         del place
-        flat = tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), notes)
+        stages = notes.times.size
+        times, ys, weighted = tree.map(
+            lambda leaf: leaf.reshape(stages, *leaf.shape[2:]), (notes.times, notes.ys, notes.weighted)
+        )
 
-        def stages(parameters: PyTree[Any]) -> Arrays:
-            return jax.vmap(lambda t, y: self.problem.field_at(t, y, parameters))(flat.times, flat.ys)
+        def fields(parameters: PyTree[Any]) -> Arrays:
+            return jax.vmap(lambda t, y: self.problem.field_at(t, y, parameters))(times, ys)
 
-        _, pullback = jax.vjp(stages, self.problem.parameters)
-        return tree.add(record, pullback(flat.weighted)[0])
+        gradient = jax.vjp(fields, self.problem.parameters)[1](weighted)[0]
+        return tree.add(record, tree.where(jnp.any(notes.taken), gradient, tree.zeros_like(gradient)))
 
 
 def reverse_to(problem: Problem, integrator: Integrator, state: ReverseState, t: Scalar) -> ReverseState:

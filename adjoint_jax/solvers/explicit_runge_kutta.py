@@ -147,14 +147,55 @@ class ExplicitRungeKutta(eqx.Module):
         self, problem: Problem, interval: Interval, y: Arrays, cotangent: StepCotangent
     ) -> tuple[Arrays, PyTree[Any]]:
         """dJ/dy at the step's start, and the step's part of dJ/dparameters."""
-        a, b, c, dense = self._transposed_coefficients(cotangent.coefficients is not None)
-        h = interval.end - interval.start
-        times = self._times(interval, c)
-        states = self._stage_states(problem.field, times, h, y, a)
-        parameters = problem.parameters
+        stages = self._stages_that_matter(cotangent.coefficients is not None)
+        written_out = stages <= WRITTEN_OUT_STAGES or tree.size_in_bytes(y) >= WRITTEN_OUT_BYTES
+        transpose = self._transposed_written_out if written_out else self._transposed_in_a_loop
+        mu, gradient = transpose(problem, interval, y, cotangent, stages)
+        return tree.add(cotangent.y1, cotangent.y0, mu), gradient
+
+    def _transposed_written_out(
+        self, problem: Problem, interval: Interval, y: Arrays, cotangent: StepCotangent, count: int
+    ) -> tuple[Arrays, PyTree[Any]]:
+        """The sums over mu_i and over the parameters' parts. One linearisation of a stage gives k_i and its pullback."""
+        tableau, h = self.tableau, interval.end - interval.start
+        rows, nodes = tableau.a + tableau.dense_a, tableau.c + tableau.dense_c
+        b = tableau.b + (0.0,) * self.extra_stages
+        stages, pullbacks = [], []
+        for i in range(count):
+            state = tree.add(y, tree.scale(h, tree.weighted_sum(rows[i], stages))) if i else y
+            t = _stage_time(interval, nodes[i])
+            stage, pullback = jax.vjp(lambda y, p, t=t: problem.field_at(t, y, p), state, problem.parameters)
+            stages.append(stage)
+            pullbacks.append(pullback)
+        mu: list[Arrays] = []
+        gradients = []
+        for i in reversed(range(count)):
+            weights = (b[i], *(rows[j][i] for j in reversed(range(i + 1, count))))
+            kappa = tree.weighted_sum(weights, [cotangent.y1, *mu])
+            if cotangent.coefficients is not None:
+                kappa = tree.add(kappa, tree.contract(jnp.asarray(tableau.dense[i]), cotangent.coefficients))
+            mu_i, gradient = pullbacks[i](tree.scale(h, kappa))
+            mu.append(mu_i)
+            gradients.append(gradient)
+        return tree.add(*mu), tree.add(*gradients)
+
+    def _transposed_in_a_loop(
+        self, problem: Problem, interval: Interval, y: Arrays, cotangent: StepCotangent, count: int
+    ) -> tuple[Arrays, PyTree[Any]]:
+        """The same with the stages as loops."""
+        tableau, h = self.tableau, interval.end - interval.start
+        rows, nodes = tableau.a + tableau.dense_a, tableau.c + tableau.dense_c
+        a = jnp.asarray(np.array([row + (0.0,) * (count - len(row)) for row in rows[:count]]))
+        b = jnp.asarray((tableau.b + (0.0,) * self.extra_stages)[:count])
+        dense, times, parameters = jnp.asarray(tableau.dense), self._times(interval, nodes[:count]), problem.parameters
+
+        def next_state(i: Array, carry: tuple[Arrays, Arrays]) -> tuple[Arrays, Arrays]:
+            states, stages = carry
+            stages = tree.put(stages, i, problem.field(times[i], tree.take(states, i)))
+            return tree.put(states, i + 1, tree.add(y, tree.scale(h, tree.contract(a[i + 1], stages)))), stages
 
         def reverse_stage(reversed_index: Array, carry: tuple[Arrays, PyTree[Any]]) -> tuple[Arrays, PyTree[Any]]:
-            i = len(b) - 1 - reversed_index
+            i = count - 1 - reversed_index
             mu, gradient = carry
             kappa = tree.add(tree.scale(b[i], cotangent.y1), tree.contract(a[:, i], mu))
             if cotangent.coefficients is not None:
@@ -163,33 +204,17 @@ class ExplicitRungeKutta(eqx.Module):
             mu_i, gradient_i = pullback(tree.scale(h, kappa))
             return tree.put(mu, i, mu_i), tree.add(gradient, gradient_i)
 
+        states = tree.map(lambda leaf: jnp.broadcast_to(leaf, (count, *leaf.shape)), y)
+        states = jax.lax.fori_loop(0, count - 1, next_state, (states, tree.zeros_like(states)))[0]
         initial = tree.zeros_like(states), tree.zeros_like(parameters)
-        mu, gradient = _stage_loop(len(b), reverse_stage, initial)
-        total = tree.map(lambda m: jnp.sum(m, axis=0), mu)
-        return tree.add(cotangent.y1, cotangent.y0, total), gradient
+        mu, gradient = jax.lax.fori_loop(0, count, reverse_stage, initial)
+        return tree.map(lambda m: jnp.sum(m, axis=0), mu), gradient
 
-    def _transposed_coefficients(self, dense: bool) -> tuple[Array, Array, tuple[float, ...], Array]:
-        """a, b, c and the dense weights, over the stages through which a cotangent can come."""
-        tableau = self.tableau
-        rows, nodes = tableau.a + tableau.dense_a, tableau.c + tableau.dense_c
-        count = len(nodes) if dense else max(i + 1 for i, weight in enumerate(tableau.b) if weight)
-        a = np.array([row + (0.0,) * (count - len(row)) for row in rows[:count]])
-        b = np.array((tableau.b + (0.0,) * self.extra_stages)[:count])
-        return jnp.asarray(a), jnp.asarray(b), nodes[:count], jnp.asarray(tableau.dense[:count])
-
-    def _stage_states(
-        self, field: Field, times: Float[Array, " stages"], h: Scalar, y: Arrays, a: Float[Array, "stages stages"]
-    ) -> Arrays:
-        """Y_1, ..., Y_s, stacked."""
-
-        def next_state(i: Array, carry: tuple[Arrays, Arrays]) -> tuple[Arrays, Arrays]:
-            states, stages = carry
-            stages = tree.put(stages, i, field(times[i], tree.take(states, i)))
-            state = tree.add(y, tree.scale(h, tree.contract(a[i + 1], stages)))
-            return tree.put(states, i + 1, state), stages
-
-        states = tree.map(lambda leaf: jnp.broadcast_to(leaf, (len(times), *leaf.shape)), y)
-        return _stage_loop(len(times) - 1, next_state, (states, tree.zeros_like(states)))[0]
+    def _stages_that_matter(self, interpolated: bool) -> int:
+        """The number of leading stages through which a cotangent can come."""
+        if interpolated:
+            return self.tableau.stages + self.extra_stages
+        return max(i + 1 for i, weight in enumerate(self.tableau.b) if weight)
 
     def _more_stages(
         self,
@@ -211,13 +236,10 @@ class ExplicitRungeKutta(eqx.Module):
         return jnp.stack([_stage_time(interval, node) for node in nodes])
 
 
-UNROLLED_STAGES = 4
-"""Up to so many stages the transposed step is written out. More are a loop: XLA's fusion otherwise recomputes earlier
-stages inside later ones, and the program grows with the square of the number of stages."""
-
-
-def _stage_loop(count: int, body: Callable[[Array, Any], Any], initial: Any) -> Any:
-    return jax.lax.fori_loop(0, count, body, initial, unroll=count <= UNROLLED_STAGES)
+WRITTEN_OUT_STAGES = 4
+WRITTEN_OUT_BYTES = 4096
+"""The transposed step is written out for so few stages or so large states. For many stages of small states, where XLA's
+fusion would compute earlier stages again inside later ones, it is a loop."""
 
 
 def _stage_time(interval: Interval, node: float) -> Scalar:

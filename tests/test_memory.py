@@ -1,0 +1,135 @@
+"""Memory of gradients, as XLA plans it: `temp_size_in_bytes` of compiled programs, nothing is timed or run."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import adjoint_jax as aj
+
+SIZE = 4096
+STATE = 4 * SIZE  # bytes
+
+
+def field(t, y, args):
+    return jnp.sin(args * y) - 0.1 * y
+
+
+def temporary_bytes(loss, size=SIZE):
+    y0, args = jax.ShapeDtypeStruct((size,), jnp.float32), jax.ShapeDtypeStruct((), jnp.float32)
+    compiled = jax.jit(jax.grad(loss, (0, 1))).lower(y0, args).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
+@functools.cache
+def states(adjoint, controller, max_steps=4096, solver=aj.RK4(), size=SIZE):
+    """Memory of a gradient in states."""
+
+    def loss(y0, args):
+        options = {"solver": solver, "controller": controller, "adjoint": adjoint, "max_steps": max_steps}
+        return jnp.sum(aj.solve(field, 0.0, 1.0, y0, args, throw=False, **options).ys)
+
+    return temporary_bytes(loss, size) / (4 * size)
+
+
+WORK = 64  # states that the stages of a step and its transpose may take
+TIMES = 8 / STATE  # of a state, for every recorded time of a step
+
+
+def test_store_everything_exceeds_the_budget_that_adjoints_keep():
+    """The demonstration of the source documents: 1,000 steps, a budget of 200 states."""
+
+    def loss(y0, args):
+        def step(y, _):
+            h = 1e-3
+            k1 = field(0.0, y, args)
+            k2 = field(0.0, y + h / 2 * k1, args)
+            k3 = field(0.0, y + h / 2 * k2, args)
+            k4 = field(0.0, y + h * k3, args)
+            return y + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4), None
+
+        return jnp.sum(jax.lax.scan(step, y0, None, length=1000)[0])
+
+    budget = 200
+    assert temporary_bytes(loss) / STATE > 1000 > budget
+    assert states(aj.BacksolveAdjoint(), aj.FixedSteps(1000)) < budget
+    assert states(aj.DiscreteAdjoint(checkpoints=32), aj.FixedSteps(1000)) < budget
+
+
+def test_backsolve_memory_is_flat():
+    few, some, many = (states(aj.BacksolveAdjoint(), aj.FixedSteps(n)) for n in (100, 1000, 10_000))
+    assert few < WORK
+    assert some <= few + 1000 * TIMES + 1
+    assert many <= few + 10_000 * 2 * TIMES + 1
+
+
+def test_default_memory_of_large_states_grows_with_the_square_root():
+    """Above 16 MiB: 1,024 states and more of this size. Below, all states are kept."""
+    assert 100 <= states(aj.DiscreteAdjoint(), aj.FixedSteps(100)) < 100 + 2 * WORK
+    many, more = (states(aj.DiscreteAdjoint(), aj.FixedSteps(n)) for n in (10_000, 40_000))
+    assert many < 3 * math.sqrt(10_000) + WORK
+    assert more < 3 * math.sqrt(40_000) + WORK + 40_000 * 4 * TIMES
+
+
+@pytest.mark.parametrize("checkpoints", [10, 100, 1000])
+def test_checkpoints_bound_memory(checkpoints):
+    """About as many states as checkpoints, and one segment. XLA may keep a second copy of either."""
+    bound = 2 * (checkpoints + 10_000 / checkpoints) + WORK
+    assert states(aj.DiscreteAdjoint(checkpoints=checkpoints), aj.FixedSteps(10_000)) < bound
+
+
+ADAPTIVE = aj.PIDController(rtol=1e-3, atol=1e-6)
+
+
+def test_adaptive_memory_does_not_follow_max_steps():
+    """16 times as many allowed steps, at most about four times the states; all of it beneath 3 sqrt(max_steps)."""
+    few, many = (states(aj.DiscreteAdjoint(), ADAPTIVE, n, aj.Tsit5()) for n in (4096, 65_536))
+    assert few < 3 * math.sqrt(4096) + WORK
+    assert many < 3 * math.sqrt(65_536) + WORK + 65_536 * 4 * TIMES
+    assert many < 5 * few
+
+
+def test_adaptive_backsolve_memory_is_flat():
+    few, many = (states(aj.BacksolveAdjoint(), ADAPTIVE, n, aj.Tsit5()) for n in (4096, 65_536))
+    assert few < 2 * WORK
+    assert many <= few + 1
+
+
+# Cost of many parameters
+
+
+def reverse_counts(parameters):
+    """Flops of one call of the compiled gradient, loops counted once; and of one vjp of the field."""
+
+    def wide(t, y, args):
+        hidden = jnp.tanh(args["in"] @ y)
+        return args["out"] @ hidden
+
+    width = parameters // 4
+    args = {"in": jax.ShapeDtypeStruct((width, 2), jnp.float32), "out": jax.ShapeDtypeStruct((2, width), jnp.float32)}
+    y0 = jax.ShapeDtypeStruct((2,), jnp.float32)
+
+    def loss(y0, args):
+        options = {"adjoint": aj.BacksolveAdjoint(), "solver": aj.Tsit5(), "throw": False}
+        return jnp.sum(aj.solve(wide, 0.0, 1.0, y0, args, **options).ys)
+
+    def vjp(y0, args):
+        return jax.vjp(lambda y, a: wide(0.0, y, a), y0, args)[1](y0)
+
+    def cost(fn):
+        analysis = jax.jit(fn).lower(y0, args).compile().cost_analysis()
+        return analysis["flops"], analysis["bytes accessed"]
+
+    return cost(jax.grad(loss, (0, 1))), cost(vjp)
+
+
+def test_backsolve_cost_of_many_parameters_is_that_of_the_vjps():
+    """A 2-state field with 50,000 parameters and one with 48: the difference is that of some vjps of the field for every
+    stage (two programs, forward and reverse, seven stages, first steps), and no work on an ODE state of 50,000 entries: its
+    stage sums and error norm alone would be 21 products and sums for every parameter and step."""
+    (many, _), (many_vjp, _) = reverse_counts(50_000)
+    (few, _), (few_vjp, _) = reverse_counts(48)
+    vjps = (many - few) / (many_vjp - few_vjp)
+    assert vjps < 40
