@@ -45,7 +45,7 @@ def parse_arguments(description: str | None) -> argparse.Namespace:
 
 
 def train(
-    loss: Callable[[Model, Int[Array, ""]], Float[Array, ""]],
+    loss: Callable[[Model, Int[Array, ""]], Float[Array, "*members"]],
     model: Model,
     optimizer: optax.GradientTransformation,
     steps: int,
@@ -56,13 +56,20 @@ def train(
 ) -> tuple[Model, np.ndarray]:
     """Minimise `loss(model, step)` over the arrays of `model`; returns the trained model and the loss at every step.
 
+    Of an ensemble, `loss` may return one value for each member: the sum is minimised, so that members do not notice each
+    other under an optimizer that, like Adam, treats every number by itself.
+
     `every` steps are one compiled `lax.scan`, after which the progress bar moves and `after_chunk(step, model)` is called.
     """
     arrays, static = eqx.partition(model, eqx.is_inexact_array)
 
+    def total(arrays: Any, index: Array) -> tuple[Array, Array]:
+        value = loss(eqx.combine(arrays, static), index)
+        return jnp.sum(value), value
+
     def step(carry: Any, index: Array) -> tuple[Any, Array]:
         arrays, state = carry
-        value, gradient = jax.value_and_grad(lambda a: loss(eqx.combine(a, static), index))(arrays)
+        gradient, value = jax.grad(total, has_aux=True)(arrays, index)
         updates, state = optimizer.update(gradient, state, arrays)
         return (optax.apply_updates(arrays, updates), state), value
 
@@ -70,13 +77,14 @@ def train(
     def chunk(carry: Any, first: Array) -> tuple[Any, Array]:
         return jax.lax.scan(step, carry, first + jnp.arange(every))
 
+    assert steps % every == 0, (steps, every)
     carry, losses = (arrays, optimizer.init(arrays)), []
-    with tqdm(total=steps, desc=label, unit="step") as bar:
+    with tqdm(total=steps, desc=label, unit="step", mininterval=0.5) as bar:
         for first in range(0, steps, every):
             carry, values = chunk(carry, jnp.int32(first))
             losses.append(np.asarray(values))
             bar.update(every)
-            bar.set_postfix(loss=f"{losses[-1][-1]:.2e}")
+            bar.set_postfix(loss=f"{np.median(losses[-1][-1]):.2e}", refresh=False)
             if after_chunk is not None:
                 after_chunk(first + every, eqx.combine(carry[0], static))
     return eqx.combine(carry[0], static), np.concatenate(losses)

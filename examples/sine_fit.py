@@ -19,6 +19,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import optax
 from common import BLUE, GREY, ORANGE, STYLE, parse_arguments, train
+from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
 
 import adjoint_jax as aj
@@ -57,7 +58,7 @@ def mean_squared_error(network: Network, adjoint: Any) -> Float[Array, ""]:
 def compare_gradients(network: Network, label: str) -> None:
     """Print how far the two gradients of the same loss are apart."""
     gradients = [
-        jax.flatten_util.ravel_pytree(eqx.filter_jit(eqx.filter_grad(mean_squared_error))(network, adjoint))[0]
+        ravel_pytree(eqx.filter_jit(eqx.filter_grad(mean_squared_error))(network, adjoint))[0]
         for adjoint in ADJOINTS.values()
     ]
     exact, continuous = gradients
@@ -68,7 +69,10 @@ def compare_gradients(network: Network, label: str) -> None:
 def plot(losses: dict[str, np.ndarray], networks: dict[str, Network], path: Path) -> None:
     """Loss curves, and both fits over the sampled interval and one more period."""
     ts = jnp.linspace(0.0, 4 * jnp.pi, 200)
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), width_ratios=[1, 1.4])
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), width_ratios=[1, 1.5])
+    right.axvspan(2 * np.pi, 4 * np.pi, color="#f3f3f3", zorder=0)
+    right.text(3 * np.pi, 1.27, "not in the data", ha="center", color=GREY)
+    right.plot(ts, jnp.sin(ts), color="#c4c4c4", linewidth=5, label="sin t")
     styles = {"DiscreteAdjoint": "-", "BacksolveAdjoint": (0, (4, 3))}
     for name, values in losses.items():
         left.semilogy(np.arange(1, len(values) + 1), values, color=COLORS[name], linestyle=styles[name], label=name)
@@ -76,12 +80,9 @@ def plot(losses: dict[str, np.ndarray], networks: dict[str, Network], path: Path
         right.plot(ts, ys[:, 0], color=COLORS[name], linestyle=styles[name], label=f"network, {name}")
     left.set(xlabel="training step", ylabel="mean squared error", title="Training")
     left.legend()
-    right.axvspan(2 * np.pi, 4 * np.pi, color="#f3f3f3", zorder=0)
-    right.text(3 * np.pi, 1.27, "not in the data", ha="center", color=GREY)
-    right.plot(ts, jnp.sin(ts), color="black", linewidth=0.8, linestyle=":", label="sin t")
     right.plot(TIMES, jnp.sin(TIMES), "o", color="black", markersize=4.5, label="the ten samples")
     right.set(xlabel="t", ylabel="first component of y", ylim=(-1.35, 1.5), title="Fit")
-    right.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2)
+    figure.legend(*right.get_legend_handles_labels(), loc="outside lower center", ncols=4)
     figure.savefig(path)
 
 
@@ -102,6 +103,7 @@ def main() -> None:
             label=name,
             every=100,
         )
+    compare_gradients(networks["DiscreteAdjoint"], "after training")
     for name, values in losses.items():
         print(f"{name:>18}: mean squared error {values[0]:.3f} before, {values[-1]:.2e} after {steps} steps")
     path = arguments.output / "sine_fit.png"
