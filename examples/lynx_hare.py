@@ -12,7 +12,8 @@ The Hudson's Bay Company's pelt counts of snowshoe hare and lynx, 1900-1920 (`da
 The networks are ensembles that differ in their random initial weights; those whose loss stays high are left out. All
 fits of steps 2 to 4 see the first thirteen years only. Sixteen numbers of one cycle decide little, though: with the
 penalty's scale `CORRECTION` between 0.02 and 10, single hybrids forecast with errors from 0.32 to 0.51, so the
-ensemble's small lead over Lotka-Volterra at 0.1 proves nothing. No model foresees the hares' crash of 1917.
+ensemble's small lead over Lotka-Volterra at 0.1, a value kept after these errors had been seen, proves nothing. No model
+foresees the hares' crash of 1917.
 
     python examples/lynx_hare.py            # under two minutes on two cores
     python examples/lynx_hare.py --short    # fewer starts, members and steps, and no neural ODE
@@ -42,7 +43,7 @@ NOISE = 0.2
 CORRECTION = 0.1
 """Standard deviation of the hybrid's correction to the two growth rates, per year; Lotka-Volterra's own are about 1."""
 PUBLISHED = (0.55, 0.028, 0.80, 0.024, 34.0, 6.0)
-"""Posterior means of Carpenter (2018)."""
+"""Posterior means of Carpenter (2018), rounded."""
 NAMES = ("alpha", "beta", "gamma", "delta", "hare 1900", "lynx 1900")
 
 
