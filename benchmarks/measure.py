@@ -40,7 +40,7 @@ def compiled(function: Callable[[Any], Any], argument: Any) -> tuple[Callable[[A
 def time_in_turns(functions: dict[str, Callable[[Any], Any]], argument: Any) -> dict[str, list[float]]:
     """Seconds a call, one number for each library and turn; within a turn every library runs once for a while."""
     seconds: dict[str, list[float]] = {name: [] for name in functions}
-    for name, function in functions.items():
+    for function in functions.values():
         jax.block_until_ready(function(argument))
     for _ in range(TURNS):
         for name, function in functions.items():
