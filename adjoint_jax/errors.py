@@ -22,14 +22,26 @@ def raise_on_failure(solution: Solution) -> Solution:
     if not tree.is_traced(*facts):
         _raise(*facts)
         return solution
-    failed = any_lane(solution.status != Status.SUCCESS)
-    status = jax.lax.cond(failed, _call_back, lambda *facts: facts[0], *facts)
+    status = _checked(*facts)
 
     def depend(leaf: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
         """A use of the checked status that never changes the leaf: without one, the check would be dead code."""
         return jnp.where(status < 0, jnp.zeros_like(leaf), leaf)
 
     return tree.map(depend, solution)
+
+
+@jax.custom_jvp
+def _checked(*facts: Array) -> Int[Array, ""]:
+    """The status; if it says that any lane has failed, Python is called back and raises. Has no derivative."""
+    failed = any_lane(facts[0] != Status.SUCCESS)
+    return jax.lax.cond(failed, _call_back, lambda *facts: facts[0], *facts)
+
+
+@_checked.defjvp
+def _no_derivative(primals: Any, tangents: Any) -> Any:
+    del tangents
+    return _checked(*primals), np.zeros(np.shape(primals[0]), jax.dtypes.float0)
 
 
 def _call_back(*facts: Array) -> Int[Array, ""]:
