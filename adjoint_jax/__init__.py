@@ -2,6 +2,9 @@
 
 from adjoint_jax.adjoints.backsolve import BacksolveAdjoint
 from adjoint_jax.adjoints.discrete import DiscreteAdjoint
+from adjoint_jax.adjoints.forward_mode import ForwardMode
+from adjoint_jax.adjoints.interpolating import GaussAdjoint, InterpolatingAdjoint
+from adjoint_jax.adjoints.reversible import ReversibleAdjoint
 from adjoint_jax.controllers.grids import FixedSteps, StepTo
 from adjoint_jax.controllers.step_sizes import ConstantStepSize, PIDController, rms_norm
 from adjoint_jax.saveat import SaveAt
@@ -10,10 +13,12 @@ from adjoint_jax.solve import odeint, solve
 from adjoint_jax.solvers.explicit_runge_kutta import ExplicitRungeKutta
 from adjoint_jax.solvers.high_order import Dopri8, Vern7
 from adjoint_jax.solvers.methods import RK4, Bosh3, Dopri5, Euler, Heun, Midpoint, Ralston, Tsit5
+from adjoint_jax.solvers.reversible import AsynchronousLeapfrog, Reversible, ReversibleHeun
 from adjoint_jax.solvers.tableau import ButcherTableau
 
 __all__ = [
     "RK4",
+    "AsynchronousLeapfrog",
     "BacksolveAdjoint",
     "Bosh3",
     "ButcherTableau",
@@ -24,10 +29,16 @@ __all__ = [
     "Euler",
     "ExplicitRungeKutta",
     "FixedSteps",
+    "ForwardMode",
+    "GaussAdjoint",
     "Heun",
+    "InterpolatingAdjoint",
     "Midpoint",
     "PIDController",
     "Ralston",
+    "Reversible",
+    "ReversibleAdjoint",
+    "ReversibleHeun",
     "SaveAt",
     "Solution",
     "SolveError",

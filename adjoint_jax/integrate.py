@@ -17,7 +17,7 @@ from adjoint_jax.lanes import any_lane
 from adjoint_jax.problem import Problem
 from adjoint_jax.recorders import AbstractRecorder, Layout, Place
 from adjoint_jax.solution import Stats, Status
-from adjoint_jax.solvers.explicit_runge_kutta import ExplicitRungeKutta, Step
+from adjoint_jax.solvers.solver import AbstractSolver, Step
 from adjoint_jax.tree import Arrays, Scalar
 
 STRETCH = 1.001
@@ -40,9 +40,9 @@ class Report(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """The state at the time reached, one record for each recorder, and the report."""
+    """The method's state at the time reached, one record for each recorder, and the report."""
 
-    y: Arrays
+    state: Arrays
     records: tuple[Any, ...]
     report: Report
 
@@ -50,7 +50,7 @@ class Outcome(NamedTuple):
 class Integrator(eqx.Module):
     """A method and a controller, ready to integrate any problem."""
 
-    solver: ExplicitRungeKutta
+    solver: AbstractSolver
     controller: AbstractController
     dt0: Any
     max_steps: int = eqx.field(static=True)
@@ -83,11 +83,11 @@ class Integrator(eqx.Module):
 
 
 class _Walk(NamedTuple):
-    """The loop state of an integration with a step size controller. `slope` is the field at (t, y), where the method
-    hands it on from step to step; `extra` counts evaluations besides those of the attempted steps."""
+    """The loop state of an integration with a step size controller. `state` is the method's; `slope` is the field at t
+    where the method hands it on from step to step; `extra` counts evaluations besides those of the attempted steps."""
 
     t: Scalar
-    y: Arrays
+    state: Arrays
     slope: Arrays | None
     h: Scalar
     memory: PyTree[Any]
@@ -115,7 +115,7 @@ class _SteppingLoop(NamedTuple):
     """Three nested loops: over segments, over the chunks of a segment, and over attempted steps until a chunk is full."""
 
     problem: Problem
-    solver: ExplicitRungeKutta
+    solver: AbstractSolver
     controller: AbstractStepSize
     recorders: tuple[AbstractRecorder, ...]
     max_steps: int
@@ -124,8 +124,8 @@ class _SteppingLoop(NamedTuple):
         walk, zero = self._first_walk(dt0, valid), _zero()
         if not self.recorders:
             walk = jax.lax.while_loop(lambda w: any_lane(self._running(w)), lambda w: self._attempt(w)[0], walk)
-            return Outcome(walk.y, (), self._report(walk, zero))
-        blank = self._notes(self.solver.blank_step(walk.t, walk.y), jnp.array(False))
+            return Outcome(walk.state, (), self._report(walk, zero))
+        blank = self._notes(self.solver.blank_step(walk.t, walk.state), jnp.array(False))
         layout = self._layout(blank)
         records = tuple(recorder.start(self.problem, layout) for recorder in self.recorders)
 
@@ -147,7 +147,7 @@ class _SteppingLoop(NamedTuple):
         progress = jax.lax.while_loop(
             lambda p: any_lane(self._running(p.walk)), fill_chunk if whole else fill_segment, progress
         )
-        return Outcome(progress.walk.y, progress.records, self._report(progress.walk, progress.place.slot))
+        return Outcome(progress.walk.state, progress.records, self._report(progress.walk, progress.place.slot))
 
     def _layout(self, blank: tuple[Any, ...]) -> Layout:
         limit = min(_limits(recorder.segment_limit for recorder in self.recorders), default=None)
@@ -166,9 +166,10 @@ class _SteppingLoop(NamedTuple):
         status = jnp.where(self.controller.unresolvable(problem.y0), Status.TOLERANCE_TOO_SMALL, Status.SUCCESS)
         status = jnp.where(problem.t0 == problem.t1, Status.SUCCESS, status)
         evaluations = 1 + proposal.evaluations if self.solver.reuses_last_stage or proposal.evaluations else 0
+        evaluations += self.solver.start_evaluations
         return _Walk(
             t=problem.t0,
-            y=problem.y0,
+            state=self.solver.start(problem),
             slope=slope if self.solver.reuses_last_stage else None,
             h=proposal.h,
             memory=proposal.memory,
@@ -183,7 +184,7 @@ class _SteppingLoop(NamedTuple):
 
     def _fill_chunk(self, progress: _Progress, slots: int) -> _Progress:
         walk = progress.walk
-        blank = self._notes(self.solver.blank_step(walk.t, walk.y), jnp.array(False))
+        blank = self._notes(self.solver.blank_step(walk.t, walk.state), jnp.array(False))
         empty = tree.map(lambda leaf: jnp.broadcast_to(leaf, (slots, *leaf.shape)), blank)
 
         def unfilled(chunk: _Chunk) -> Bool[Array, ""]:
@@ -216,13 +217,13 @@ class _SteppingLoop(NamedTuple):
         lands = jnp.abs(walk.h) * STRETCH >= jnp.abs(stop - walk.t)
         end = jnp.where(lands, stop, jax.lax.stop_gradient(walk.t + walk.h))
         interval = controller.interval(walk.t, jnp.where(running, end, walk.t))
-        step = self.solver.step(self.problem.field, interval, walk.y, walk.slope)
+        step = self.solver.step(self.problem.field, interval, walk.state, walk.slope)
         verdict = controller.judge(self.solver, step, walk.h, walk.memory)
         accepted = running & verdict.accepted
         slope, slope_evaluations = self._next_slope(walk, step, accepted)
         kept = step._replace(
             interval=interval._replace(end=jnp.where(accepted, interval.end, walk.t)),
-            y1=tree.where(accepted, step.y1, walk.y),
+            after=tree.where(accepted, step.after, walk.state),
             error=None,
         )
         attempts = walk.accepted + walk.rejected + running
@@ -232,7 +233,7 @@ class _SteppingLoop(NamedTuple):
         failure = jnp.where(verdict.finite, failure, Status.NON_FINITE)
         after = _Walk(
             t=kept.interval.end,
-            y=kept.y1,
+            state=kept.after,
             slope=slope,
             h=verdict.h,
             memory=verdict.memory,
@@ -255,7 +256,7 @@ class _SteppingLoop(NamedTuple):
         step = jax.lax.cond(
             any_lane(wanted),
             lambda s: self.solver.with_dense_stages(self.problem.field, s),
-            lambda s: s._replace(stages=s.stages + self.solver.extra_stages * (tree.zeros_like(s.y0),)),
+            lambda s: s._replace(stages=s.stages + self.solver.extra_stages * (tree.zeros_like(s.stages[0]),)),
             step,
         )
         return step, wanted * jnp.int32(self.solver.extra_stages)
@@ -264,18 +265,23 @@ class _SteppingLoop(NamedTuple):
         """The field at the start of the next step, evaluated anew behind a jump."""
         if not self.solver.reuses_last_stage:
             return None, _zero()
-        last = step.stages[self.solver.tableau.stages - 1]
-        slope = tree.where(accepted, last, walk.slope)
+        slope = tree.where(accepted, self.solver.last_stage(step), walk.slope)
         if self.controller.jump_ts is None:
             return slope, _zero()
         jumped = accepted & self.controller.jumps_at(step.interval.end)
         behind = self.controller.interval(step.interval.end, self.problem.t1).first
-        fresh = jax.lax.cond(any_lane(jumped), lambda t, y: self.problem.field(t, y), lambda t, y: slope, behind, step.y1)
+        fresh = jax.lax.cond(
+            any_lane(jumped),
+            lambda t, state: self.solver.slope(self.problem.field, t, state),
+            lambda t, state: slope,
+            behind,
+            step.after,
+        )
         return tree.where(jumped, fresh, slope), jumped.astype(jnp.int32)
 
     def _report(self, walk: _Walk, slots: Int[Array, ""]) -> Report:
         starved = (walk.status == Status.STEP_SIZE_UNDERFLOW) | (walk.status == Status.MAX_STEPS_REACHED)
-        unresolvable = starved & self.controller.unresolvable(walk.y)
+        unresolvable = starved & self.controller.unresolvable(self.solver.output(walk.state))
         status = jnp.where(unresolvable, Status.TOLERANCE_TOO_SMALL, walk.status).astype(jnp.int32)
         attempts = walk.accepted + walk.rejected
         per_step = self.solver.evaluations(
@@ -293,9 +299,9 @@ class _Stride(NamedTuple):
 
 
 class _Finite(NamedTuple):
-    """A state that is finite, and the number of steps that led to it."""
+    """A state of the method that is finite, and the number of steps that led to it."""
 
-    y: Arrays
+    state: Arrays
     steps: Int[Array, ""]
 
 
@@ -303,7 +309,7 @@ class _GridLoop(NamedTuple):
     """Two nested scans: over segments, and over the steps of a segment. A segment is one chunk."""
 
     problem: Problem
-    solver: ExplicitRungeKutta
+    solver: AbstractSolver
     controller: AbstractController
     recorders: tuple[AbstractRecorder, ...]
 
@@ -316,13 +322,13 @@ class _GridLoop(NamedTuple):
         records = tuple(recorder.start(problem, layout) for recorder in self.recorders)
 
         def run_segment(carry: tuple[Any, ...], segment_strides: tuple[_Stride, Array]) -> tuple[tuple[Any, ...], None]:
-            y, slope, records, finite = carry
+            state, slope, records, finite = carry
             strides, slot = segment_strides
 
             def take_stride(carry: tuple[Arrays, Any], stride: _Stride) -> tuple[tuple[Arrays, Any], tuple[Any, ...]]:
                 return self._stride(carry, stride)
 
-            (y, slope), notes = jax.lax.scan(take_stride, (y, slope), strides)
+            (state, slope), notes = jax.lax.scan(take_stride, (state, slope), strides)
             begin, end = strides.start[0], strides.end[-1]
             place = Place(slot, _zero(), begin)
             triples = zip(self.recorders, records, notes, strict=True)
@@ -330,23 +336,25 @@ class _GridLoop(NamedTuple):
             place = Place(slot + segment, _zero() + segment, begin)
             pairs = zip(self.recorders, records, strict=True)
             records = tuple(recorder.flush(record, place, end) for recorder, record in pairs)
-            here = _Finite(y, slot + segment)
-            return (y, slope, records, tree.where(tree.all_finite(y), here, finite)), None
+            here = _Finite(state, slot + segment)
+            return (state, slope, records, tree.where(tree.all_finite(state), here, finite)), None
 
         slots = segment * jnp.arange(strides.start.shape[0], dtype=jnp.int32)
-        carry = (problem.y0, slope, records, _Finite(problem.y0, _zero()))
-        y, _, records, finite = jax.lax.scan(run_segment, carry, (strides, slots))[0]
-        status = jnp.where(tree.all_finite(y), Status.SUCCESS, Status.NON_FINITE)
+        start = self.solver.start(problem)
+        carry = (start, slope, records, _Finite(start, _zero()))
+        state, _, records, finite = jax.lax.scan(run_segment, carry, (strides, slots))[0]
+        status = jnp.where(tree.all_finite(state), Status.SUCCESS, Status.NON_FINITE)
         status = jnp.where(valid, status, Status.INVALID_TIMES).astype(jnp.int32)
         taken = self._finite_steps(grid, finite)
         per_step = self.solver.evaluations(estimated=False, interpolated=self._interpolates)
         per_step += self.solver.extra_stages * self._interpolates
-        stats = Stats(taken, _zero(), _zero() + (steps * per_step + self.solver.reuses_last_stage))
-        return Outcome(y, records, Report(tree.take(grid, taken), status, stats, _zero() + steps, grid[-1] - grid[-2]))
+        start_evaluations = self.solver.start_evaluations + self.solver.reuses_last_stage
+        stats = Stats(taken, _zero(), _zero() + (steps * per_step + start_evaluations))
+        return Outcome(state, records, Report(tree.take(grid, taken), status, stats, _zero() + steps, grid[-1] - grid[-2]))
 
     def _longest_segment(self) -> int:
         """A segment's notes are held twice, in a scan's output and where they are written: so they must not be large."""
-        blank_step = self.solver.blank_step(self.problem.t0, self.problem.y0)
+        blank_step = self.solver.blank_step(self.problem.t0, self.solver.start(self.problem))
         blank = [recorder.note(blank_step, jnp.array(False)) for recorder in self.recorders]
         fitting = max(1, GRID_SEGMENT_BYTES // max(1, tree.size_in_bytes(blank)))
         limits = [r.segment_limit for r in self.recorders] + [r.longest_chunk for r in self.recorders]
@@ -361,11 +369,11 @@ class _GridLoop(NamedTuple):
             return any_lane(walk[1] & (walk[0].steps < steps))
 
         def take(walk: tuple[_Finite, Bool[Array, ""]]) -> tuple[_Finite, Bool[Array, ""]]:
-            (y, n), finite = walk
+            (state, n), finite = walk
             interval = self.controller.interval(tree.take(grid, n), tree.take(grid, n + 1))
-            y1 = self.solver.step(self.problem.field, interval, y, None).y1
-            finite &= (n < steps) & tree.all_finite(y1)
-            return tree.where(finite, _Finite(y1, n + 1), _Finite(y, n)), finite
+            after = self.solver.step(self.problem.field, interval, state, None).after
+            finite &= (n < steps) & tree.all_finite(after)
+            return tree.where(finite, _Finite(after, n + 1), _Finite(state, n)), finite
 
         start = known._replace(steps=jnp.minimum(known.steps, steps))
         return jax.lax.while_loop(goes_on, take, (start, jnp.array(True)))[0].steps
@@ -375,15 +383,15 @@ class _GridLoop(NamedTuple):
         return any(recorder.interpolates for recorder in self.recorders)
 
     def _stride(self, carry: tuple[Arrays, Any], stride: _Stride) -> tuple[tuple[Arrays, Any], tuple[Any, ...]]:
-        y, slope = carry
+        state, slope = carry
         interval = self.controller.interval(stride.start, stride.end)
-        step = self.solver.step(self.problem.field, interval, y, slope)
+        step = self.solver.step(self.problem.field, interval, state, slope)
         if self._interpolates:
             step = self.solver.with_dense_stages(self.problem.field, step)
         taken = stride.start != stride.end
-        step = step._replace(y1=tree.where(taken, step.y1, y))
-        slope = step.stages[self.solver.tableau.stages - 1] if self.solver.reuses_last_stage else None
-        return (step.y1, slope), tuple(recorder.note(step, taken) for recorder in self.recorders)
+        step = step._replace(after=tree.where(taken, step.after, state))
+        slope = self.solver.last_stage(step) if self.solver.reuses_last_stage else None
+        return (step.after, slope), tuple(recorder.note(step, taken) for recorder in self.recorders)
 
 
 SMALL_ARRAY_BYTES = 512

@@ -12,6 +12,7 @@ from adjoint_jax import tree
 from adjoint_jax.tree import Arrays, Scalar
 
 VectorField = Callable[[Scalar, PyTree[Any], PyTree[Any]], PyTree[Any]]
+RunningCost = Callable[[Scalar, PyTree[Any], PyTree[Any]], PyTree[Any]]
 
 
 class Interval(NamedTuple):
@@ -27,14 +28,32 @@ class Interval(NamedTuple):
     last: Scalar
 
 
-class Problem(eqx.Module):
-    """dy/dt = vector_field(t, y, args) from y(t0) = y0 to t1.
+class Rates(NamedTuple):
+    """What moves along the solution: dy/dt, and the running cost (without one, the empty tuple). Or what pairs with them:
+    a(t) = dJ/dy(t), and the constant dJ/dcost."""
 
-    Every inexact array in it receives a gradient. Values that the user's vector field closes over have become leaves of
-    `vector_field` (`hoist` does that), so there is no other road for a gradient to take.
+    y: Arrays
+    cost: Arrays
+
+
+class Parameters(NamedTuple):
+    """The inexact arrays on which the rates depend besides (t, y), or their derivatives: leaves of the vector field, of the
+    running cost, and of `args`."""
+
+    vector_field: PyTree[Any]
+    running_cost: PyTree[Any]
+    args: PyTree[Any]
+
+
+class Problem(eqx.Module):
+    """dy/dt = vector_field(t, y, args) from y(t0) = y0 to t1, and the integral of running_cost(t, y, args).
+
+    Every inexact array in it receives a gradient. Values that the user's functions close over have become leaves of
+    `vector_field` and `running_cost` (`hoist` does that), so there is no other road for a gradient to take.
     """
 
     vector_field: VectorField
+    running_cost: RunningCost | None
     args: PyTree[Any]
     y0: Arrays
     t0: Scalar
@@ -44,16 +63,28 @@ class Problem(eqx.Module):
         """dy/dt, with the structure, shapes and dtypes of y."""
         return self.vector_field(t, y, self.args)
 
-    @property
-    def parameters(self) -> PyTree[Any]:
-        """The inexact arrays on which the field depends besides (t, y): its own leaves and those of `args`."""
-        return eqx.filter((self.vector_field, self.args), eqx.is_inexact_array)
+    def rates(self, t: Scalar, y: Arrays) -> Rates:
+        """dy/dt and the running cost."""
+        return Rates(self.field(t, y), () if self.running_cost is None else self.running_cost(t, y, self.args))
 
-    def field_at(self, t: Scalar, y: Arrays, parameters: PyTree[Any]) -> Arrays:
-        """dy/dt as a function of the parameters too, for derivatives with respect to them."""
-        static = eqx.filter((self.vector_field, self.args), eqx.is_inexact_array, inverse=True)
-        vector_field, args = eqx.combine(parameters, static)
-        return vector_field(t, y, args)
+    def zero_cost(self) -> Arrays:
+        """No cost, with the structure, shapes and dtypes of the running cost."""
+        return tree.zeros_like(jax.eval_shape(self.rates, self.t0, self.y0).cost)
+
+    def without_cost(self) -> "Problem":
+        """The problem of the solution alone."""
+        return Problem(self.vector_field, None, self.args, self.y0, self.t0, self.t1)
+
+    @property
+    def parameters(self) -> Parameters:
+        """What the rates depend on besides (t, y)."""
+        return eqx.filter(Parameters(self.vector_field, self.running_cost, self.args), eqx.is_inexact_array)
+
+    def at(self, parameters: Parameters) -> "Problem":
+        """The problem with other parameters, for derivatives with respect to them."""
+        own = Parameters(self.vector_field, self.running_cost, self.args)
+        static = eqx.filter(own, eqx.is_inexact_array, inverse=True)
+        return Problem(*eqx.combine(parameters, static), self.y0, self.t0, self.t1)
 
 
 def hoist(vector_field: VectorField, t: Scalar, y: Arrays, args: PyTree[Any]) -> VectorField:
@@ -75,6 +106,31 @@ def hoist(vector_field: VectorField, t: Scalar, y: Arrays, args: PyTree[Any]) ->
         return jax.tree.map(_like, dy, y)
 
     return eqx.filter_closure_convert(checked, t, y, args)
+
+
+def hoist_running_cost(running_cost: RunningCost | None, t: Scalar, y: Arrays, args: PyTree[Any]) -> RunningCost | None:
+    """The running cost as a pytree that holds every array it closes over, its values in the precision of the state.
+
+    Raises `TypeError` if it does not return floating-point numbers.
+    """
+    if running_cost is None:
+        return None
+    precision = state_precision(y)
+
+    def checked(t: Scalar, y: Arrays, args: PyTree[Any]) -> Arrays:
+        return jax.tree.map(lambda rate: _in_precision(rate, precision), running_cost(t, y, args))
+
+    return eqx.filter_closure_convert(checked, t, y, args)
+
+
+def _in_precision(rate: Any, precision: DTypeLike) -> Array:
+    rate = jnp.asarray(rate)
+    if not jnp.issubdtype(rate.dtype, jnp.inexact):
+        raise TypeError(
+            f"running_cost(t, y, args) must return floating-point numbers, or a pytree of them, got {rate.dtype}: it is "
+            "integrated over time."
+        )
+    return rate.astype(jnp.result_type(precision, jnp.complex64) if jnp.iscomplexobj(rate) else precision)
 
 
 def _like(derivative: Any, leaf: Array) -> Array:
@@ -111,8 +167,7 @@ def canonical_state(y0: PyTree[Any]) -> Arrays:
 
 def canonical_args(args: PyTree[Any], y0: Arrays) -> PyTree[Any]:
     """The args with arrays in place of Python floats and complex numbers, in the precision of the state."""
-    precision = jnp.result_type(*jax.tree.leaves(y0), jnp.float16) if jax.tree.leaves(y0) else jnp.result_type(float)
-    real = tree.real_dtype(precision)
+    real = state_precision(y0)
 
     def canonical(leaf: Any) -> Any:
         if isinstance(leaf, float):
@@ -120,6 +175,12 @@ def canonical_args(args: PyTree[Any], y0: Arrays) -> PyTree[Any]:
         return jnp.asarray(leaf, jnp.result_type(real, jnp.complex64)) if isinstance(leaf, complex) else leaf
 
     return jax.tree.map(canonical, args)
+
+
+def state_precision(y: Arrays) -> Any:
+    """The real dtype of the state; JAX's default float for an empty one."""
+    leaves = jax.tree.leaves(y)
+    return tree.real_dtype(jnp.result_type(*leaves, jnp.float16)) if leaves else jnp.result_type(float)
 
 
 def time_dtype(*times: Any) -> DTypeLike:
@@ -130,6 +191,7 @@ def time_dtype(*times: Any) -> DTypeLike:
     return jnp.promote_types(common, jnp.float32)
 
 
-def flow_cotangent(problem: Problem, t: Scalar, y: Arrays, cotangent: Arrays) -> Scalar:
-    """<a, f(t, y)>: the derivative of a loss with respect to the time at which the state y is reached."""
-    return tree.pairing(cotangent, problem.field(t, y)).astype(problem.t0.dtype)
+def flow_cotangent(problem: Problem, t: Scalar, y: Arrays, cotangent: Rates) -> Scalar:
+    """<a, f(t, y)> + <dJ/dcost, running cost>: the derivative of a loss with respect to the time at which y is reached
+    and up to which the cost is integrated."""
+    return tree.pairing(cotangent, problem.rates(t, y)).astype(problem.t0.dtype)

@@ -9,6 +9,7 @@ array in it exceeds 512 bytes, and else hands them to a scheduler that costs sev
 """
 
 import abc
+from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
 import equinox as eqx
@@ -21,7 +22,7 @@ from adjoint_jax.interpolation import Interpolant
 from adjoint_jax.lanes import max_lane, min_lane
 from adjoint_jax.problem import Problem
 from adjoint_jax.saveat import Rows
-from adjoint_jax.solvers.explicit_runge_kutta import ExplicitRungeKutta, Step
+from adjoint_jax.solvers.solver import AbstractSolver, Nodes, Step
 from adjoint_jax.tree import Arrays, Scalar
 
 
@@ -45,8 +46,10 @@ class Place(NamedTuple):
 class AbstractRecorder(eqx.Module):
     """Writes down something of every step."""
 
-    interpolates: ClassVar[bool] = False
-    """Whether it needs the stages of the dense output."""
+    @property
+    def interpolates(self) -> bool:
+        """Whether it needs the stages of the dense output."""
+        return False
 
     @property
     def segment_limit(self) -> int | None:
@@ -94,13 +97,16 @@ class RowRecorder(AbstractRecorder):
     the segment covers, in blocks. So a step costs one write, hundreds of times inside it cost one pass, and lanes that
     have come to different times share all indices."""
 
-    interpolates: ClassVar[bool] = True
     longest_segment: ClassVar[int] = 64
     segment_bytes: ClassVar[int] = 64 * 1024
 
     rows: Rows
     problem: Problem
-    solver: ExplicitRungeKutta
+    solver: AbstractSolver
+
+    @property
+    def interpolates(self) -> bool:
+        return True
 
     @property
     def segment_limit(self) -> int:
@@ -169,12 +175,14 @@ class States(NamedTuple):
 class StateRecorder(AbstractRecorder):
     """Saves the state after every step."""
 
+    solver: AbstractSolver
+
     def start(self, problem: Problem, layout: Layout) -> States:
         times = jnp.zeros(layout.slots, problem.t0.dtype)
         return States(times, tree.buffer(layout.slots, problem.y0), jnp.zeros(layout.slots, bool))
 
     def note(self, step: Step, accepted: Bool[Array, ""]) -> States:
-        return States(step.interval.end, step.y1, accepted)
+        return States(step.interval.end, self.solver.output(step.after), accepted)
 
     def write(self, record: States, place: Place, notes: States) -> States:
         return tree.put_block(record, place.slot, notes)
@@ -183,9 +191,11 @@ class StateRecorder(AbstractRecorder):
 class DenseRecorder(AbstractRecorder):
     """Saves the interpolant of every step."""
 
-    interpolates: ClassVar[bool] = True
+    solver: AbstractSolver
 
-    solver: ExplicitRungeKutta
+    @property
+    def interpolates(self) -> bool:
+        return True
 
     def start(self, problem: Problem, layout: Layout) -> Interpolant:
         return _empty_interpolants(problem, self.solver, layout.slots)
@@ -197,13 +207,51 @@ class DenseRecorder(AbstractRecorder):
         return tree.put_block(record, place.slot, notes)
 
 
-def _interpolant(solver: ExplicitRungeKutta, step: Step, accepted: Bool[Array, ""]) -> Interpolant:
+class QuadratureRecorder(AbstractRecorder):
+    """Adds up an integral along the solution, step by step: what feeds nothing back need not be part of the ODE's state
+    and of its error norm."""
+
+    nodes: Callable[[Step], Nodes]
+    """A step's nodes and weights."""
+    integral: Callable[[Nodes], Arrays]
+    """The integral over many steps, along the leading axis of the nodes. Those of weight zero must count as nothing."""
+    so_far: Arrays
+    anywhere: Arrays
+    """A state at which the integrand can be evaluated for nothing, in place of the nodes of rejected steps."""
+    dense: bool = eqx.field(static=True, default=False)
+    """Whether the nodes are taken from the step's interpolant."""
+    notes: int | None = eqx.field(static=True, default=None)
+    """See `longest_chunk`."""
+
+    @property
+    def interpolates(self) -> bool:
+        return self.dense
+
+    @property
+    def longest_chunk(self) -> int | None:
+        return self.notes
+
+    def start(self, problem: Problem, layout: Layout) -> Arrays:
+        del problem, layout
+        return self.so_far
+
+    def note(self, step: Step, accepted: Bool[Array, ""]) -> Nodes:
+        times, states, weights = self.nodes(step)
+        states = tree.map(lambda leaf, finite: jnp.where(accepted, leaf, finite), states, self.anywhere)
+        return Nodes(times, states, jnp.where(accepted, weights, 0.0))
+
+    def write(self, record: Arrays, place: Place, notes: Nodes) -> Arrays:
+        del place
+        return tree.add(record, self.integral(notes))
+
+
+def _interpolant(solver: AbstractSolver, step: Step, accepted: Bool[Array, ""]) -> Interpolant:
     """The step's interpolant, of no length if the step was not accepted."""
     interpolant = solver.interpolant(step)
     return interpolant._replace(end=jnp.where(accepted, interpolant.end, interpolant.start))
 
 
-def _empty_interpolants(problem: Problem, solver: ExplicitRungeKutta, count: int) -> Interpolant:
+def _empty_interpolants(problem: Problem, solver: AbstractSolver, count: int) -> Interpolant:
     """Constant interpolants of no length at (t0, y0)."""
     times = jnp.full(count, problem.t0)
     states: PyTree[Array] = tree.map(lambda leaf: jnp.broadcast_to(leaf, (count, *leaf.shape)), problem.y0)

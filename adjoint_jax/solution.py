@@ -13,7 +13,8 @@ from adjoint_jax.tree import Arrays, Scalar
 
 
 class Status(enum.IntEnum):
-    """How an integration ended. `solution.status` is an int32 array (one value per lane under `vmap`) of these."""
+    """How an integration ended. `solution.status` is an int32 array (one value per lane under `vmap`) of these;
+    `REVERSE_DRIFT` is for the reverse integrations of gradients alone."""
 
     SUCCESS = 0
     MAX_STEPS_REACHED = 1
@@ -21,6 +22,7 @@ class Status(enum.IntEnum):
     NON_FINITE = 3
     TOLERANCE_TOO_SMALL = 4
     INVALID_TIMES = 5
+    REVERSE_DRIFT = 6
 
     @property
     def explanation(self) -> str:
@@ -52,6 +54,11 @@ _EXPLANATIONS = {
         "t0, t1 or save times are NaN, save times are outside of [t0, t1] or not monotone in the direction of "
         "integration, or StepTo(ts) does not run from t0 to t1 without turning."
     ),
+    Status.REVERSE_DRIFT: (
+        "The state that was recomputed backward in time has moved away from the state that was saved there: the reversed "
+        "flow is unstable, or the tolerances are too loose, and the gradient would be wrong. Use InterpolatingAdjoint() or "
+        "DiscreteAdjoint(), give BacksolveAdjoint more save times or checkpoints, or tighten rtol and atol."
+    ),
 }
 
 
@@ -78,12 +85,14 @@ class Solution(eqx.Module):
 
     - `ts`, `ys`: what `saveat` asked for, times and states (or what `fn` made of them) with one row for each; a pytree of
       such where `saveat` is one. Rows that were not reached are NaN.
+    - `cost`: the integral of the running cost from t0 to t1, with its structure; None if there is none.
     - `stats`: `Stats`. `status`: see `Status`. `t_end`: the time reached: t1, or where the integration failed.
     - `trajectory`: with `SaveAt(dense=True)`, the interpolants; see `evaluate`.
     """
 
     ts: PyTree[Float[Array, "_"] | None]
     ys: PyTree[Any]
+    cost: PyTree[Any]
     stats: Stats
     status: Int[Array, ""]
     t_end: Scalar

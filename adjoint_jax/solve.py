@@ -17,11 +17,20 @@ from adjoint_jax.controllers.step_sizes import PIDController
 from adjoint_jax.errors import raise_on_failure
 from adjoint_jax.integrate import Integrator, Report
 from adjoint_jax.interpolation import Trajectory
-from adjoint_jax.problem import Problem, VectorField, canonical_args, canonical_state, hoist, time_dtype
+from adjoint_jax.problem import (
+    Problem,
+    RunningCost,
+    VectorField,
+    canonical_args,
+    canonical_state,
+    hoist,
+    hoist_running_cost,
+    time_dtype,
+)
 from adjoint_jax.saveat import Requests, Rows, SaveAt, hoist_observable, observe
 from adjoint_jax.solution import Solution, Status
-from adjoint_jax.solvers.explicit_runge_kutta import ExplicitRungeKutta
 from adjoint_jax.solvers.methods import Tsit5
+from adjoint_jax.solvers.solver import AbstractSolver
 from adjoint_jax.tree import Arrays, Scalar
 
 
@@ -32,10 +41,11 @@ def solve(
     y0: PyTree[Any],
     args: PyTree[Any] = None,
     *,
-    solver: ExplicitRungeKutta = Tsit5(),
+    solver: AbstractSolver = Tsit5(),
     controller: AbstractController = PIDController(),
     saveat: PyTree[SaveAt] = SaveAt(t1=True),
     adjoint: AbstractAdjoint = DiscreteAdjoint(),
+    running_cost: RunningCost | None = None,
     dt0: Any = None,
     max_steps: int = 4096,
     throw: bool = True,
@@ -51,19 +61,22 @@ def solve(
       changing them recompiles nothing; integers, strings and functions are static.
     - `solver`: the method. `controller`: how it steps. `saveat`: what is saved, a `SaveAt` or a pytree of several.
     - `adjoint`: how the solve is differentiated.
+    - `running_cost(t, y, args)`: a floating-point number, or a pytree of arrays of them, whose integral from t0 to t1 is
+      `solution.cost`: computed by the method's own quadrature over its stages, so to its order, but outside of the error
+      estimate. The cost has the precision of the state.
     - `dt0`: the first step size of an adaptive controller, in units of time; by default it is estimated.
     - `max_steps`: the largest number of attempted steps of a controller without a given grid; static.
     - `throw`: raise `SolveError` if t1 is not reached. If False, see `solution.status`; what was not reached is NaN.
 
     Differentiable in reverse mode with respect to the arrays of `vector_field` and `args`, y0, t0, t1, `saveat.ts` and
-    whatever `vector_field` and `saveat.fn` close over. Tolerances, `dt0` and jump times are constants: differentiating
-    with respect to them raises `TypeError`.
+    whatever `vector_field`, `running_cost` and `saveat.fn` close over. Tolerances, `dt0` and jump times are constants:
+    differentiating with respect to them raises `TypeError`.
 
     Raises `TypeError` or `ValueError` for arguments that do not fit together, `SolveError` as described above; from within
     a jitted function, JAX's run-time error with the message of the `SolveError`.
     """
     saveats, structure = jax.tree.flatten(saveat, is_leaf=lambda node: isinstance(node, SaveAt))
-    _check_arguments(vector_field, solver, controller, saveats, adjoint, max_steps)
+    _check_arguments(vector_field, running_cost, solver, controller, saveats, adjoint, max_steps)
     dtype = time_dtype(t0, t1, *(save.ts for save in saveats if save.ts is not None))
     _check_times(t0, t1, dtype, saveats, controller)
     t0, t1 = tree.as_array(t0, dtype), tree.as_array(t1, dtype)
@@ -77,7 +90,8 @@ def solve(
     adjoint = undifferentiable(adjoint, constants.format("A tolerance or time of an adjoint's controller"))
     dt0 = undifferentiable(dt0, constants.format("dt0"))
     integrator = Integrator(solver, controller, dt0, max_steps)
-    parts, solution = _solve(vector_field, t0, t1, y0, canonical_args(args, y0), integrator, saveats, adjoint)
+    arguments = vector_field, running_cost, t0, t1, y0, canonical_args(args, y0)
+    parts, solution = _solve(*arguments, integrator, saveats, adjoint, throw)
     ts, ys = (jax.tree.unflatten(structure, part) for part in zip(*parts, strict=True))
     solution = Solution(tree.map(jnp.asarray, ts), ys, *solution)
     return raise_on_failure(solution) if throw else solution
@@ -110,6 +124,7 @@ def odeint(
 @eqx.filter_jit
 def _solve(
     vector_field: VectorField,
+    running_cost: RunningCost | None,
     t0: Scalar,
     t1: Scalar,
     y0: Arrays,
@@ -117,20 +132,24 @@ def _solve(
     integrator: Integrator,
     saveats: list[SaveAt],
     adjoint: AbstractAdjoint,
+    throw: bool,
 ) -> tuple[list[tuple[Array | None, PyTree[Any]]], tuple[Any, ...]]:
-    problem = Problem(hoist(vector_field, t0, y0, args), args, y0, t0, t1)
+    field, cost = hoist(vector_field, t0, y0, args), hoist_running_cost(running_cost, t0, y0, args)
+    problem = Problem(field, cost, args, y0, t0, t1)
     saveats = [_hoisted(save, problem) for save in saveats]
     requests = Requests(
         rows=tuple(Rows(save.ts, save.fn) for save in saveats if save.ts is not None),
         states=any(save.steps for save in saveats),
         dense=any(save.dense for save in saveats),
     )
-    saved, report = adjoint.solve(integrator, problem, requests, _valid_times(problem, saveats, integrator.controller))
+    valid = _valid_times(problem, saveats, integrator.controller)
+    saved, report = adjoint.solve(integrator, problem, requests, valid, throw=throw)
     report = jax.lax.stop_gradient(report)
     rows = iter(saved.rows)
     assembly = [_assemble(save, problem, saved, report, next(rows) if save.ts is not None else None) for save in saveats]
     reached = jnp.where(report.status == Status.SUCCESS, t1, report.reached)
-    return assembly, (report.stats, report.status, reached, _trajectory(problem, saved, report, reached))
+    cost = None if running_cost is None else saved.cost
+    return assembly, (cost, report.stats, report.status, reached, _trajectory(problem, saved, report, reached))
 
 
 def _hoisted(save: SaveAt, problem: Problem) -> SaveAt:
@@ -211,12 +230,14 @@ def _trajectory(problem: Problem, saved: Saved, report: Report, reached: Scalar)
 
 
 def _check_arguments(
-    vector_field: Any, solver: Any, controller: Any, saveats: list[Any], adjoint: Any, max_steps: Any
+    vector_field: Any, running_cost: Any, solver: Any, controller: Any, saveats: list[Any], adjoint: Any, max_steps: Any
 ) -> None:
     if not callable(vector_field):
         raise TypeError(f"vector_field must be callable as vector_field(t, y, args), got {vector_field!r}.")
+    if running_cost is not None and not callable(running_cost):
+        raise TypeError(f"running_cost must be callable as running_cost(t, y, args), got {running_cost!r}.")
     expected = (
-        ("solver", solver, ExplicitRungeKutta, "such as Tsit5()"),
+        ("solver", solver, AbstractSolver, "such as Tsit5()"),
         ("controller", controller, AbstractController, "such as PIDController(rtol=1e-6, atol=1e-8)"),
         ("adjoint", adjoint, AbstractAdjoint, "such as DiscreteAdjoint()"),
         *(("saveat", save, SaveAt, "or a pytree of them, such as SaveAt(ts)") for save in saveats),

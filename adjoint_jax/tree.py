@@ -50,9 +50,14 @@ def contract(weights: Float[Array, " n"], stacked: Arrays) -> Arrays:
     return map(leaf_contract, stacked)
 
 
+def keep_rows(predicate: Bool[Array, " rows"], stacked: Arrays) -> Arrays:
+    """The rows for which the predicate holds, zero in place of the others."""
+    return map(lambda leaf: jnp.where(predicate.reshape(-1, *[1] * (leaf.ndim - 1)), leaf, 0), stacked)
+
+
 def zeros_like(tree: Arrays) -> Arrays:
     """Zeros with the shapes and dtypes of `tree`."""
-    return map(jnp.zeros_like, tree)
+    return map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), tree)
 
 
 def buffer(length: int, like: Arrays, fill: float = 0.0) -> Arrays:
@@ -97,6 +102,11 @@ def pairing(cotangent: Arrays, tangent: Arrays) -> Inexact[Array, ""]:
 def all_finite(tree: Arrays) -> Bool[Array, ""]:
     """Whether no entry is NaN or infinite."""
     return functools.reduce(operator.and_, [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)], jnp.array(True))
+
+
+def any_nonzero(tree: Arrays) -> Bool[Array, ""]:
+    """Whether any entry is not zero."""
+    return functools.reduce(operator.or_, [jnp.any(leaf != 0) for leaf in jax.tree.leaves(tree)], jnp.array(False))
 
 
 def is_traced(*values: Any) -> bool:

@@ -19,9 +19,9 @@ ROOMS = (
     "saveat",
     "recorders",
     "solution",
+    "errors",
     "integrate",
     "adjoints",
-    "errors",
     "solve",
     "__init__",
 )

@@ -12,17 +12,19 @@ from jaxtyping import Array, Bool, DTypeLike, Float, PyTree
 from adjoint_jax import tree
 from adjoint_jax.integrate import Integrator, Outcome, Report
 from adjoint_jax.interpolation import Interpolant
-from adjoint_jax.problem import Problem, flow_cotangent
-from adjoint_jax.recorders import AbstractRecorder, DenseRecorder, RowRecorder, StateRecorder, States
+from adjoint_jax.problem import Parameters, Problem, Rates, flow_cotangent
+from adjoint_jax.recorders import AbstractRecorder, DenseRecorder, QuadratureRecorder, RowRecorder, StateRecorder, States
 from adjoint_jax.saveat import Requests, Rows
 from adjoint_jax.solution import Status
+from adjoint_jax.solvers.solver import cost_of
 from adjoint_jax.tree import Arrays, Scalar
 
 
 class Saved(NamedTuple):
-    """What an adjoint differentiates: the final state (NaN if t1 was not reached), and what was requested."""
+    """What an adjoint differentiates: the final state and the cost (NaN if t1 was not reached), and what was requested."""
 
     y1: Arrays
+    cost: Arrays
     rows: tuple[Arrays, ...]
     states: States | None
     dense: Interpolant | None
@@ -45,31 +47,36 @@ class AbstractAdjoint(eqx.Module):
 
     @abc.abstractmethod
     def solve(
-        self, integrator: Integrator, problem: Problem, requests: Requests, valid: Bool[Array, ""]
+        self, integrator: Integrator, problem: Problem, requests: Requests, valid: Bool[Array, ""], *, throw: bool
     ) -> tuple[Saved, Report]:
-        """Integrate, with a derivative of `Saved` with respect to every inexact array of problem and requests."""
+        """Integrate, with a derivative of `Saved` with respect to every inexact array of problem and requests. `throw`:
+        whether a derivative that cannot be computed raises an error."""
 
 
 def recorders(inputs: Inputs, integrator: Integrator) -> list[AbstractRecorder]:
-    """The recorders that a solve needs for its own sake: one for each of the requested rows, then states, then dense."""
-    problem, requests = inputs
-    chosen: list[AbstractRecorder] = [RowRecorder(rows, problem, integrator.solver) for rows in requests.rows]
-    chosen += [StateRecorder()] * requests.states
-    chosen += [DenseRecorder(integrator.solver)] * requests.dense
+    """The recorders that a solve needs for its own sake: one for each of the requested rows, then states, then dense, then
+    the cost."""
+    (problem, requests), solver = inputs, integrator.solver
+    chosen: list[AbstractRecorder] = [RowRecorder(rows, problem, solver) for rows in requests.rows]
+    chosen += [StateRecorder(solver)] * requests.states
+    chosen += [DenseRecorder(solver)] * requests.dense
+    if problem.running_cost is not None:
+        zero, y0 = problem.zero_cost(), problem.y0
+        chosen.append(QuadratureRecorder(solver.quadrature, lambda nodes: cost_of(problem, nodes), zero, y0))
     return chosen
 
 
 def saved(inputs: Inputs, integrator: Integrator, outcome: Outcome) -> Saved:
     """What the recorders of `recorders` have saved; records of further recorders are ignored."""
-    requests, records = inputs.requests, list(outcome.records)
-    count, slots = len(requests.rows), integrator.slots(inputs.problem)
-    per_slot = tree.map(lambda leaf: leaf[:slots], records[count : count + requests.states + requests.dense])
+    (problem, requests), records = inputs, iter(outcome.records)
+    slots = integrator.slots(problem)
     failed = outcome.report.status != Status.SUCCESS
     return Saved(
-        y1=tree.map(lambda leaf: jnp.where(failed, jnp.nan, leaf), outcome.y),
-        rows=tuple(window.rows for window in records[:count]),
-        states=per_slot[0] if requests.states else None,
-        dense=per_slot[-1] if requests.dense else None,
+        rows=tuple(next(records).rows for _ in requests.rows),
+        states=tree.map(lambda leaf: leaf[:slots], next(records)) if requests.states else None,
+        dense=tree.map(lambda leaf: leaf[:slots], next(records)) if requests.dense else None,
+        cost=unknown_if(failed, next(records)) if problem.running_cost is not None else (),
+        y1=unknown_if(failed, integrator.solver.output(outcome.state)),
     )
 
 
@@ -108,12 +115,13 @@ def times_cotangent(
     problem: Problem, rows: Rows, states: Arrays, reached: Bool[Array, " rows"], cotangent: Arrays
 ) -> Array:
     """dJ/dts of saved rows, as the state is carried along the flow; zero for rows that were not reached."""
+    problem = problem.without_cost()
 
     def one(t: Scalar, y: Arrays, reached: Bool[Array, ""], g: Arrays) -> Scalar:
         y = tree.where(reached, y, problem.y0)
         _, pullback = jax.vjp(lambda t, y: rows.apply(t, y, problem.args), t, y)
         explicit, a = pullback(g)
-        return explicit + flow_cotangent(problem, t, y, a)
+        return explicit + flow_cotangent(problem, t, y, Rates(a, ()))
 
     return jax.vmap(one)(rows.ts, states, reached, cotangent)
 
@@ -124,21 +132,51 @@ def reached_rows(problem: Problem, report: Report, ts: Float[Array, " rows"]) ->
     return (report.status == Status.SUCCESS) | (ts * direction <= report.reached * direction)
 
 
+def without_observables(requests: Requests) -> Requests:
+    """The same with plain states for rows."""
+    return Requests(tuple(Rows(rows.ts, None) for rows in requests.rows), requests.states, requests.dense)
+
+
+def observed_rows(requests: Requests, problem: Problem, states: tuple[Arrays, ...], report: Report) -> tuple[Arrays, ...]:
+    """What each request's fn makes of the states at its times; NaN where they were not reached, with a finite
+    derivative."""
+
+    def observed(rows: Rows, ys: Arrays) -> Arrays:
+        def one(t: Scalar, y: Arrays, reached: Bool[Array, ""]) -> Arrays:
+            row = rows.apply(t, tree.where(reached, y, problem.y0), problem.args)
+            return tree.map(lambda leaf: jnp.where(reached, leaf, jnp.asarray(jnp.nan, leaf.dtype)), row)
+
+        return ys if rows.fn is None else jax.vmap(one)(rows.ts, ys, reached_rows(problem, report, rows.ts))
+
+    return tuple(observed(rows, ys) for rows, ys in zip(requests.rows, states, strict=True))
+
+
 def unknown_if(blamed: Bool[Array, ""], values: PyTree[Any]) -> PyTree[Any]:
     """The values, or NaN."""
     return tree.map(lambda leaf: jnp.where(blamed, jnp.nan, leaf), values)
 
 
 def ends_cotangent(
-    problem: Problem, integrator: Integrator, perturbed: Problem, at_end: tuple[Arrays, Arrays], a0: Arrays
+    problem: Problem, integrator: Integrator, perturbed: Problem, at_end: tuple[Arrays, Arrays], a0: Arrays, cost: Arrays
 ) -> tuple[Scalar, Scalar]:
-    """dJ/dt0 = -<a(t0), f(t0, y0)> and dJ/dt1 = <dJ/dy1, f(t1, y1)>, each zero if nobody asks. `at_end`: y1, dJ/dy1."""
+    """dJ/dt0 = -<a(t0), f(t0, y0)> - <g, l(t0, y0)> and dJ/dt1 = <dJ/dy1, f(t1, y1)> + <g, l(t1, y1)>, with g = dJ/dcost,
+    each zero if nobody asks. `at_end`: y1, dJ/dy1."""
     ends = integrator.controller.interval(problem.t0, problem.t1)
     y1, g1 = at_end
     y1 = tree.where(tree.all_finite(y1), y1, problem.y0)
-    t0 = -flow_cotangent(problem, ends.first, problem.y0, a0) if perturbed.t0 else jnp.zeros_like(problem.t0)
-    t1 = flow_cotangent(problem, ends.last, y1, g1) if perturbed.t1 else jnp.zeros_like(problem.t1)
+    t0 = t1 = jnp.zeros_like(problem.t0)
+    if perturbed.t0:
+        t0 = -flow_cotangent(problem, ends.first, problem.y0, Rates(a0, cost))
+    if perturbed.t1:
+        t1 = flow_cotangent(problem, ends.last, y1, Rates(g1, cost))
     return t0, t1
+
+
+def problem_cotangent(problem: Problem, parameters: Parameters, y0: Arrays, ends: tuple[Scalar, Scalar]) -> Problem:
+    """All derivatives with respect to a problem; those of its running cost are zero where it was left out."""
+    if parameters.running_cost is None:
+        parameters = parameters._replace(running_cost=tree.zeros_like(problem.parameters.running_cost))
+    return Problem(*parameters, y0, *ends)
 
 
 def undifferentiable(values: PyTree[Any], explanation: str) -> PyTree[Any]:

@@ -1,25 +1,32 @@
 """The reverse adjoint ODE, solved as an ODE: what the continuous adjoints share.
 
-With a(t) = dJ/dy(t), between observations,
+With a(t) = dJ/dy(t), the running cost l and g = dJ/dcost, between observations,
 
-    da/dt = -(df/dy)^T a,        a(t_i^-) = a(t_i^+) + dJ/dy(t_i),        dJ/dtheta = integral of (df/dtheta)^T a dt.
+    da/dt = -(df/dy)^T a - (dl/dy)^T g,      a(t_i^-) = a(t_i^+) + dJ/dy(t_i),
+    dJ/dtheta = integral of (df/dtheta)^T a + (dl/dtheta)^T g dt.
 
-The last is a quadrature: it feeds nothing, so it is no part of the ODE's state and of its error norm. It is summed up with
-the weights of the reverse method over the stages of accepted steps.
+The last is a quadrature: it feeds nothing, so it is no part of the ODE's state and of its error norm. It is summed up over
+accepted steps.
 """
 
+import abc
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, PyTree
+from jaxtyping import Array, Bool, DTypeLike, Float, Int, PyTree
 
 from adjoint_jax import tree
+from adjoint_jax.adjoints.trail import Way
+from adjoint_jax.controllers.controller import AbstractController
+from adjoint_jax.controllers.step_sizes import ConstantStepSize
 from adjoint_jax.integrate import Integrator
-from adjoint_jax.problem import Problem
-from adjoint_jax.recorders import AbstractRecorder, Layout, Place
+from adjoint_jax.problem import Parameters, Problem, Rates
+from adjoint_jax.recorders import QuadratureRecorder
 from adjoint_jax.solution import Status
-from adjoint_jax.solvers.explicit_runge_kutta import ExplicitRungeKutta, Step
+from adjoint_jax.solvers.solver import AbstractSolver, Nodes, Step
 from adjoint_jax.tree import Arrays, Scalar
 
 
@@ -31,91 +38,108 @@ class Observations(NamedTuple):
     cotangents: Arrays
 
 
-class ReverseState(NamedTuple):
-    """Where the sweep stands: the time, y and a there, dJ/dparameters so far, and the next step size."""
+class Adjoint(NamedTuple):
+    """The state y and a = dJ/dy at one time, or their derivatives; or at many times, along leading axes."""
 
-    t: Scalar
     y: Arrays
     a: Arrays
-    parameters: PyTree[Any]
-    h: Scalar
 
 
-class _StageNote(NamedTuple):
-    """The stages of one reverse step: times, states, and a times the quadrature's weights; and whether it was taken."""
+class AbstractReverseSystem(eqx.Module):
+    """The reverse ODE in the variables that an adjoint method chooses."""
 
-    times: Float[Array, " stages"]
-    ys: Arrays
-    weighted: Arrays
-    taken: Bool[Array, ""]
+    problem: eqx.AbstractVar[Problem]
+    cost: eqx.AbstractVar[Arrays]
+    """dJ/dcost, a constant."""
 
+    @abc.abstractmethod
+    def adjoint(self, t: Scalar, state: Arrays) -> Adjoint:
+        """y and a at t, from the ODE's state."""
 
-class QuadratureRecorder(AbstractRecorder):
-    """Adds up the integral of (df/dtheta)^T a over accepted steps of the pair (y, a), one batched vjp for each step."""
+    @abc.abstractmethod
+    def velocity(self, rates: Adjoint) -> Arrays:
+        """The derivative of the ODE's state, from those of y and a."""
 
-    problem: Problem
-    solver: ExplicitRungeKutta
-    so_far: PyTree[Any]
-
-    @property
-    def longest_chunk(self) -> int:
-        return 1
-
-    def start(self, problem: Problem, layout: Layout) -> PyTree[Any]:
-        del problem, layout
-        return self.so_far
-
-    def note(self, step: Step, accepted: Bool[Array, ""]) -> _StageNote:
-        times, (ys, cotangents), weights = self.solver.quadrature(step)
-        weights = jnp.where(accepted, -weights, 0.0)
-        y, a = tree.map(lambda leaf: jnp.broadcast_to(leaf, (len(times), *leaf.shape)), step.y0)
-        ys, cotangents = tree.where(accepted, (ys, cotangents), (y, a))
-        return _StageNote(times, ys, jax.vmap(tree.scale)(weights, cotangents), accepted)
-
-    def write(self, record: PyTree[Any], place: Place, notes: _StageNote) -> PyTree[Any]:
-        del place
-        stages = notes.times.size
-        times, ys, weighted = tree.map(
-            lambda leaf: leaf.reshape(stages, *leaf.shape[2:]), (notes.times, notes.ys, notes.weighted)
-        )
-
-        def fields(parameters: PyTree[Any]) -> Arrays:
-            return jax.vmap(lambda t, y: self.problem.field_at(t, y, parameters))(times, ys)
-
-        gradient = jax.vjp(fields, self.problem.parameters)[1](weighted)[0]
-        return tree.add(record, tree.where(jnp.any(notes.taken), gradient, tree.zeros_like(gradient)))
-
-
-def reverse_to(problem: Problem, integrator: Integrator, state: ReverseState, t: Scalar) -> ReverseState:
-    """Integrate y, a and the quadrature backward to t. NaN in a and the quadrature if t could not be reached."""
-
-    def pair_field(t: Scalar, pair: tuple[Arrays, Arrays], args: PyTree[Any]) -> tuple[Arrays, Arrays]:
+    def field(self, t: Scalar, state: Arrays, args: PyTree[Any]) -> Arrays:
+        """The reverse ODE."""
         del args
-        y, a = pair
-        dy, pullback = jax.vjp(lambda y: problem.field(t, y), y)
-        return dy, tree.scale(-1.0, pullback(a)[0])
+        y, a = self.adjoint(t, state)
+        rates, pullback = jax.vjp(lambda y: self.problem.rates(t, y), y)
+        return self.velocity(Adjoint(rates.y, tree.scale(-1.0, pullback(Rates(a, self.cost))[0])))
 
-    pair_problem = Problem(pair_field, None, (state.y, state.a), state.t, t)
-    quadrature = QuadratureRecorder(problem, integrator.solver, state.parameters)
-    outcome = integrator.restarted(state.h)(pair_problem, [quadrature], jnp.array(True))
-    failed = outcome.report.status != Status.SUCCESS
-    y, a = outcome.y
-    a, parameters = tree.map(lambda leaf: jnp.where(failed, jnp.nan, leaf), (a, outcome.records[0]))
-    h = jnp.where(outcome.report.stats.accepted > 0, jnp.abs(outcome.report.h), state.h)
-    return ReverseState(t, y, a, parameters, h)
+    def integral(self, nodes: Nodes) -> Parameters:
+        """dJ/dparameters from some steps, whose weights are negative: one vjp for all nodes."""
+        times, states, weights = tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[nodes.times.ndim :]), nodes)
+        ys, cotangents = jax.vmap(self.adjoint)(times, states)
+        weighted = jax.vmap(lambda weight, a: tree.scale(-weight, Rates(a, self.cost)))(weights, cotangents)
+
+        def rates(parameters: Parameters) -> Rates:
+            return jax.vmap(self.problem.at(parameters).rates)(times, ys)
+
+        gradient = jax.vjp(rates, self.problem.parameters)[1](weighted)[0]
+        taken = jnp.any(weights != 0)
+        return tree.where(taken, gradient, tree.zeros_like(gradient))
 
 
-def sweep(
-    problem: Problem, integrator: Integrator, observations: Observations, state: ReverseState
-) -> tuple[Arrays, PyTree[Any]]:
-    """dJ/dy(t0) and dJ/dparameters, from the state at the time reached. y is reset to what is known of it at every
-    observation."""
+class ReverseState(NamedTuple):
+    """Where the sweep stands: the time, the ODE's state there, dJ/dparameters so far, the next step size; and how the
+    integration went: its `Status`, and the time of the failure if it failed."""
 
-    def to_observation(state: ReverseState, observation: Observations) -> tuple[ReverseState, None]:
-        state = reverse_to(problem, integrator, state, observation.times)
-        return state._replace(y=observation.states, a=tree.add(state.a, observation.cotangents)), None
+    t: Scalar
+    state: Arrays
+    parameters: Parameters
+    h: Scalar
+    status: Int[Array, ""]
+    failure: Scalar
 
-    if len(observations.times):
-        state = jax.lax.scan(to_observation, state, observations, reverse=True)[0]
-    state = reverse_to(problem, integrator, state, problem.t0)
-    return state.a, state.parameters
+    @staticmethod
+    def beginning(t: Scalar, state: Arrays, parameters: Parameters, h: Scalar) -> "ReverseState":
+        """Nothing has failed."""
+        return ReverseState(t, state, parameters, h, jnp.zeros((), jnp.int32), t)
+
+    def failing(self, failed: Bool[Array, ""], status: Int[Array, ""] | int, t: Scalar) -> "ReverseState":
+        """The state after a failure, if it failed now and not before."""
+        first = failed & (self.status == Status.SUCCESS)
+        status = jnp.where(first, status, self.status).astype(jnp.int32)
+        return self._replace(status=status, failure=jnp.where(first, t, self.failure))
+
+
+class Reverse(NamedTuple):
+    """How the reverse ODE is solved: an integrator, the nodes of the parameters' quadrature over a step, and whether these
+    are taken from the step's interpolant."""
+
+    integrator: Integrator
+    nodes: Callable[[Step], Nodes]
+    dense: bool
+
+    def to(self, system: AbstractReverseSystem, start: ReverseState, t: Scalar) -> ReverseState:
+        """Integrate backward to t. After a failure there is nothing to integrate, and values mean nothing."""
+        problem = Problem(system.field, None, None, start.state, start.t, t)
+        quadrature = QuadratureRecorder(
+            self.nodes, system.integral, start.parameters, start.state, dense=self.dense, notes=1
+        )
+        outcome = self.integrator.restarted(start.h)(problem, [quadrature], start.status == Status.SUCCESS)
+        report, state = outcome.report, self.integrator.solver.output(outcome.state)
+        h = jnp.where(report.stats.accepted > 0, jnp.abs(report.h), start.h)
+        there = start._replace(t=t, state=state, parameters=outcome.records[0], h=h)
+        return there.failing(report.status != Status.SUCCESS, report.status, report.reached)
+
+
+def prepared(controller: AbstractController, name: str, dtype: DTypeLike) -> AbstractController:
+    """The controller of a reverse integration with arrays for its numbers. Raises `ValueError` for a given grid."""
+    if controller.given_times is not None:
+        raise ValueError(
+            f"{name}(controller=StepTo(...)): the reverse integration stops at observations; use ConstantStepSize(dt), or "
+            "FixedSteps(n), which takes n steps between two stops."
+        )
+    return controller.prepare(dtype)
+
+
+def reverse_integrator(way: Way, solver: AbstractSolver | None, controller: AbstractController | None) -> Integrator:
+    """The integrator of the reverse ODE: by default the forward one; where the forward grid is given, steps of its mean
+    size."""
+    forward, max_steps = way.integrator, way.integrator.max_steps
+    solver, steps = forward.solver if solver is None else solver, forward.grid_steps(way.problem)
+    if controller is None and steps is not None:
+        controller, max_steps = ConstantStepSize(dt=jnp.abs(way.problem.t1 - way.problem.t0) / steps), steps + 1
+    return Integrator(solver, forward.controller if controller is None else controller, None, max_steps)

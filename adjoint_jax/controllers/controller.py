@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, DTypeLike, Float, PyTree
 
 from adjoint_jax import tree
 from adjoint_jax.problem import Interval, Problem
-from adjoint_jax.solvers.explicit_runge_kutta import ExplicitRungeKutta, Step
+from adjoint_jax.solvers.solver import AbstractSolver, Step
 from adjoint_jax.tree import Arrays, Scalar
 
 
@@ -52,11 +52,6 @@ class AbstractController(eqx.Module):
         del t0, t1
         return None
 
-    def between(self, intervals: int, steps: int | None) -> "AbstractController":
-        """The controller for one of so many intervals that the integration is divided into; `steps` as in `grid`."""
-        del intervals, steps
-        return self
-
     def on_pairs(self) -> "AbstractController":
         """The same control for pairs of states."""
         return self
@@ -73,15 +68,6 @@ class AbstractGrid(AbstractController):
     def grid(self, t0: Scalar, t1: Scalar) -> Float[Array, " times"]:
         """All times of the grid, the first t0 and the last t1."""
 
-    def between(self, intervals: int, steps: int | None) -> AbstractController:
-        """Equal steps, as many as fall to one interval."""
-        assert steps is not None
-        return self.with_steps(-(-steps // intervals))
-
-    @abc.abstractmethod
-    def with_steps(self, n: int) -> AbstractController:
-        """A grid of n equal steps."""
-
 
 class AbstractStepSize(AbstractController):
     """A controller that proposes one step at a time and stops exactly at the times where the field jumps or kinks."""
@@ -92,11 +78,11 @@ class AbstractStepSize(AbstractController):
     jump_ts: eqx.AbstractVar[Any]
 
     @abc.abstractmethod
-    def first(self, problem: Problem, solver: ExplicitRungeKutta, slope: Arrays, dt0: Scalar | None) -> Proposal:
+    def first(self, problem: Problem, solver: AbstractSolver, slope: Arrays, dt0: Scalar | None) -> Proposal:
         """The first step size; `slope` is the field at t0."""
 
     @abc.abstractmethod
-    def judge(self, solver: ExplicitRungeKutta, step: Step, proposal: Scalar, memory: PyTree[Any]) -> Verdict:
+    def judge(self, solver: AbstractSolver, step: Step, proposal: Scalar, memory: PyTree[Any]) -> Verdict:
         """Accept or reject a step of the proposed size (or shorter, where it would have passed a time to stop at)."""
 
     @abc.abstractmethod

@@ -30,9 +30,6 @@ class FixedSteps(AbstractGrid):
         del dtype
         return self
 
-    def with_steps(self, n: int) -> "FixedSteps":
-        return FixedSteps(n)
-
     def grid(self, t0: Scalar, t1: Scalar) -> Float[Array, " times"]:
         return jnp.append(t0 + (t1 - t0) * (jnp.arange(self.n) / self.n).astype(t0.dtype), t1)
 
@@ -53,9 +50,6 @@ class StepTo(AbstractGrid):
 
     def prepare(self, dtype: DTypeLike) -> "StepTo":
         return StepTo(tree.as_array(self.ts, dtype))
-
-    def with_steps(self, n: int) -> FixedSteps:
-        return FixedSteps(n)
 
     @property
     def given_times(self) -> Any:

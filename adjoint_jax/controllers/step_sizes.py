@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, DTypeLike, PyTree
 from adjoint_jax import tree
 from adjoint_jax.controllers.controller import AbstractStepSize, Proposal, Verdict, canonical_jumps, not_negative, positive
 from adjoint_jax.problem import Problem
-from adjoint_jax.solvers.explicit_runge_kutta import ExplicitRungeKutta, Step
+from adjoint_jax.solvers.solver import AbstractSolver, Step
 from adjoint_jax.tree import Arrays, Scalar
 
 
@@ -28,15 +28,15 @@ class ConstantStepSize(AbstractStepSize):
         dt = positive("ConstantStepSize(dt)", self.dt, dtype)
         return ConstantStepSize(dt, canonical_jumps(self.jump_ts, dtype))
 
-    def first(self, problem: Problem, solver: ExplicitRungeKutta, slope: Arrays, dt0: Scalar | None) -> Proposal:
+    def first(self, problem: Problem, solver: AbstractSolver, slope: Arrays, dt0: Scalar | None) -> Proposal:
         del solver, slope
         if dt0 is not None:
             raise ValueError("dt0 is the first step of an adaptive controller; ConstantStepSize has its own dt.")
         return Proposal(self.dt * jnp.sign(problem.t1 - problem.t0), (), 0)
 
-    def judge(self, solver: ExplicitRungeKutta, step: Step, proposal: Scalar, memory: PyTree[Any]) -> Verdict:
+    def judge(self, solver: AbstractSolver, step: Step, proposal: Scalar, memory: PyTree[Any]) -> Verdict:
         del solver
-        finite = tree.all_finite(step.y1)
+        finite = tree.all_finite(step.after)
         return Verdict(finite, finite, jnp.where(finite, proposal, 0.0), memory)
 
     def smallest(self, t: Scalar) -> Scalar:
@@ -132,7 +132,7 @@ class PIDController(AbstractStepSize):
         rtol, atol = (self.rtol, self.rtol), (self.atol, self.atol)
         return dataclasses.replace(self, rtol=rtol, atol=atol, norm=norm)
 
-    def first(self, problem: Problem, solver: ExplicitRungeKutta, slope: Arrays, dt0: Scalar | None) -> Proposal:
+    def first(self, problem: Problem, solver: AbstractSolver, slope: Arrays, dt0: Scalar | None) -> Proposal:
         if solver.error_order is None:
             raise ValueError(
                 f"{type(solver).__name__} has no error estimate, which PIDController needs: use ConstantStepSize(dt=...) "
@@ -162,9 +162,9 @@ class PIDController(AbstractStepSize):
         second = (0.01 / jnp.where(still, 1.0, steepest)) ** (1.0 / (order + 1))
         return jnp.minimum(100 * guess, jnp.where(still, jnp.maximum(tiny, 1e-3 * guess), second))
 
-    def judge(self, solver: ExplicitRungeKutta, step: Step, proposal: Scalar, memory: _Errors) -> Verdict:
+    def judge(self, solver: AbstractSolver, step: Step, proposal: Scalar, memory: _Errors) -> Verdict:
         assert solver.error_order is not None
-        y0, y1, error = jax.lax.stop_gradient((step.y0, step.y1, step.error))
+        y0, y1, error = jax.lax.stop_gradient((solver.output(step.before), solver.output(step.after), step.error))
         size = jax.lax.stop_gradient(step.interval.end - step.interval.start)
         blown = tree.map(lambda e, y: jnp.where(jnp.isfinite(y), jnp.abs(e), jnp.inf), error, y1)
         ratio = self._ratio(blown, self._scale(y0, y1), size.dtype)

@@ -1,75 +1,51 @@
 """One step of an explicit Runge-Kutta method, and its transpose."""
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
-
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float
 
 from adjoint_jax import tree
 from adjoint_jax.interpolation import Interpolant
-from adjoint_jax.problem import Interval, Problem
+from adjoint_jax.problem import Interval, Parameters, Problem, Rates
+from adjoint_jax.solvers.solver import AbstractSolver, Field, Nodes, Step, StepOutputs
 from adjoint_jax.solvers.tableau import ButcherTableau
 from adjoint_jax.tree import Arrays, Scalar
 
-Field = Callable[[Scalar, Arrays], Arrays]
 
-
-class Step(NamedTuple):
-    """What one step computed. `stages` are k_1, ..., k_s; `error` is None for a method without an error estimate."""
-
-    interval: Interval
-    y0: Arrays
-    y1: Arrays
-    stages: tuple[Arrays, ...]
-    error: Arrays | None
-
-
-class StepCotangent(NamedTuple):
-    """The derivative of a loss with respect to what one step gave: its end, its start (through what was saved inside the
-    step), and the coefficients of its interpolant (None if nothing was saved inside any step)."""
-
-    y1: Arrays
-    y0: Arrays
-    coefficients: Arrays | None
-
-
-class ExplicitRungeKutta(eqx.Module):
+class ExplicitRungeKutta(AbstractSolver):
     """The explicit Runge-Kutta method of a Butcher tableau. Pass a `ButcherTableau` of your own to use another method."""
 
     tableau: ButcherTableau = eqx.field(static=True)
 
     @property
     def order(self) -> int:
-        """Order of the step."""
         return self.tableau.order
 
     @property
     def error_order(self) -> int | None:
-        """Order of the error estimate's embedded method; None without an error estimate."""
         return self.tableau.error_order
 
     @property
     def reuses_last_stage(self) -> bool:
-        """Whether the last stage is the next step's first."""
         return self.tableau.first_same_as_last
 
     @property
     def dense_degree(self) -> int:
-        """Degree of the interpolant."""
         return len(self.tableau.dense[0])
 
     @property
     def extra_stages(self) -> int:
-        """Stages that only the interpolant needs."""
         return len(self.tableau.dense_c)
 
     def evaluations(self, *, estimated: bool, interpolated: bool) -> int:
-        """Field evaluations of one step after another: the stages on which the step depends, its error estimate if that is
-        used, and its interpolant if there is one (without the stages that only the interpolant needs)."""
+        needed = self.stages_needed(estimated=estimated, interpolated=interpolated)
+        return len(needed | {self.tableau.stages - 1}) - 1 if self.reuses_last_stage else len(needed)
+
+    def stages_needed(self, *, estimated: bool, interpolated: bool) -> set[int]:
+        """The stages on which the step depends, its error estimate if that is used, and its interpolant if there is one;
+        without those that only the interpolant needs."""
         tableau = self.tableau
         rows = tableau.a + tableau.dense_a
         needed = {i for i, weight in enumerate(tableau.b) if weight}
@@ -80,82 +56,84 @@ class ExplicitRungeKutta(eqx.Module):
         for i in reversed(range(len(rows))):
             if i in needed:
                 needed |= {j for j, weight in enumerate(rows[i]) if weight}
-        if self.reuses_last_stage:
-            needed |= {tableau.stages - 1}
-        return len([i for i in needed if i < tableau.stages]) - self.reuses_last_stage
+        return {i for i in needed if i < tableau.stages}
 
-    def step(self, field: Field, interval: Interval, y: Arrays, first: Arrays | None) -> Step:
-        """One step from y over the interval. `first` is the field at its start if that is known."""
+    def step(self, field: Field, interval: Interval, state: Arrays, first: Arrays | None) -> Step:
+        y = state
         stages = [field(interval.first, y) if first is None else first]
         stages += self._more_stages(field, interval, y, stages, self.tableau.a[1:], self.tableau.c[1:])
         h = interval.end - interval.start
         b_error = self.tableau.b_error
         return Step(
             interval=interval,
-            y0=y,
-            y1=tree.add(y, tree.scale(h, tree.weighted_sum(self.tableau.b, stages))),
+            before=y,
+            after=tree.add(y, tree.scale(h, tree.weighted_sum(self.tableau.b, stages))),
             stages=tuple(stages),
             error=None if b_error is None else tree.scale(h, tree.weighted_sum(b_error, stages)),
         )
 
-    def blank_step(self, t: Scalar, y: Arrays) -> Step:
-        """A step of no length at (t, y), with its dense stages and without an error estimate."""
-        stages = (tree.zeros_like(y),) * (self.tableau.stages + self.extra_stages)
-        return Step(Interval(t, t, t, t), y, y, stages, None)
+    def last_stage(self, step: Step) -> Arrays:
+        return step.stages[self.tableau.stages - 1]
+
+    def blank_step(self, t: Scalar, state: Arrays) -> Step:
+        stages = (tree.zeros_like(state),) * (self.tableau.stages + self.extra_stages)
+        return Step(Interval(t, t, t, t), state, state, stages, None)
 
     def with_dense_stages(self, field: Field, step: Step) -> Step:
-        """The step with the stages added that only its interpolant needs."""
         rows, nodes = self.tableau.dense_a, self.tableau.dense_c
-        more = self._more_stages(field, step.interval, step.y0, list(step.stages), rows, nodes)
+        more = self._more_stages(field, step.interval, step.before, list(step.stages), rows, nodes)
         return step._replace(stages=step.stages + tuple(more))
 
     def interpolant(self, step: Step) -> Interpolant:
-        """The step's dense output, from a step with its dense stages."""
         h = step.interval.end - step.interval.start
         columns = zip(*self.tableau.dense, strict=True)
         coefficients = tree.stack([tree.weighted_sum(column, step.stages) for column in columns])
-        return Interpolant(step.interval.start, step.interval.end, step.y0, tree.scale(h, coefficients))
+        return Interpolant(step.interval.start, step.interval.end, step.before, tree.scale(h, coefficients))
 
-    def quadrature(self, step: Step) -> tuple[Float[Array, " nodes"], Arrays, Float[Array, " nodes"]]:
-        """The method as a quadrature over the step: the times and states, stacked, at which its stages evaluated the
-        field, and the weights h b_i; without stages of zero weight."""
+    def quadrature(self, step: Step) -> Nodes:
+        """The stages of non-zero weight, as nodes: the cost is what the method gives for a further state whose derivative
+        is the running cost."""
         tableau, h = self.tableau, step.interval.end - step.interval.start
         used = [i for i, weight in enumerate(tableau.b) if weight]
 
         def state(i: int) -> Arrays:
-            return tree.add(step.y0, tree.scale(h, tree.weighted_sum(tableau.a[i], step.stages[:i]))) if i else step.y0
+            return (
+                tree.add(step.before, tree.scale(h, tree.weighted_sum(tableau.a[i], step.stages[:i]))) if i else step.before
+            )
 
         times = self._times(step.interval, tuple(tableau.c[i] for i in used))
         weights = h * jnp.asarray([tableau.b[i] for i in used], h.dtype)
-        return times, tree.stack([state(i) for i in used]), weights
+        return Nodes(times, tree.stack([state(i) for i in used]), weights)
 
-    # The transposed step. The step is
+    # The transposed step. The step, with the cost C = integral of the running cost l as one more sum over its stages, is
     #
     #     Y_i = y + h sum_j a_ij k_j,   k_i = f(t + c_i h, Y_i, theta),   y+ = y + h sum_i b_i k_i,
+    #     C = h sum_i b_i l(t + c_i h, Y_i, theta),
     #
     # and its interpolant's coefficients are q_p = h sum_i d_ip k_i. Let A = dJ/dy+, G = dJ/dy through what was saved
-    # inside the step and Q_p = dJ/dq_p. Every k_i reaches the loss through y+, through the q_p and through the later
-    # stages Y_j, j > i, so that with kappa_i = dJ/dk_i and mu_i = dJ/dY_i, for i = s, ..., 1,
+    # inside the step, Q_p = dJ/dq_p and g = dJ/dC. Every k_i reaches the loss through y+, through the q_p and through the
+    # later stages Y_j, j > i, so that with kappa_i = dJ/dk_i and mu_i = dJ/dY_i, for i = s, ..., 1,
     #
-    #     kappa_i = h (b_i A + sum_p d_ip Q_p + sum_{j > i} a_ji mu_j),      mu_i = (df/dy(Y_i))^T kappa_i,
-    #     dJ/dy = A + G + sum_i mu_i,                                         dJ/dtheta += sum_i (df/dtheta(Y_i))^T kappa_i.
+    #     kappa_i = h (b_i A + sum_p d_ip Q_p + sum_{j > i} a_ji mu_j),
+    #     mu_i = (df/dy(Y_i))^T kappa_i + h b_i (dl/dy(Y_i))^T g,
+    #     dJ/dy = A + G + sum_i mu_i,
+    #     dJ/dtheta += sum_i (df/dtheta(Y_i))^T kappa_i + h b_i (dl/dtheta(Y_i))^T g.
     #
     # This is a Runge-Kutta method for the adjoint ODE on the same grid: J. M. Sanz-Serna, "Symplectic Runge-Kutta schemes
     # for adjoint equations, automatic differentiation, optimal control, and more", SIAM Review 58 (2016), section 3.
 
     def transposed_step(
-        self, problem: Problem, interval: Interval, y: Arrays, cotangent: StepCotangent
-    ) -> tuple[Arrays, PyTree[Any]]:
-        """dJ/dy at the step's start, and the step's part of dJ/dparameters."""
+        self, problem: Problem, interval: Interval, state: Arrays, cotangent: StepOutputs
+    ) -> tuple[Arrays, Parameters]:
         stages = self._stages_that_matter(cotangent.coefficients is not None)
-        written_out = stages <= WRITTEN_OUT_STAGES or tree.size_in_bytes(y) >= WRITTEN_OUT_BYTES
+        written_out = stages <= WRITTEN_OUT_STAGES or tree.size_in_bytes(state) >= WRITTEN_OUT_BYTES
         transpose = self._transposed_written_out if written_out else self._transposed_in_a_loop
-        mu, gradient = transpose(problem, interval, y, cotangent, stages)
-        return tree.add(cotangent.y1, cotangent.y0, mu), gradient
+        mu, gradient = transpose(problem, interval, state, cotangent, stages)
+        return tree.add(cotangent.after, cotangent.y0, mu), gradient
 
     def _transposed_written_out(
-        self, problem: Problem, interval: Interval, y: Arrays, cotangent: StepCotangent, count: int
-    ) -> tuple[Arrays, PyTree[Any]]:
+        self, problem: Problem, interval: Interval, y: Arrays, cotangent: StepOutputs, count: int
+    ) -> tuple[Arrays, Parameters]:
         """The sums over mu_i and over the parameters' parts. One linearisation of a stage gives k_i and its pullback."""
         tableau, h = self.tableau, interval.end - interval.start
         rows, nodes = tableau.a + tableau.dense_a, tableau.c + tableau.dense_c
@@ -164,24 +142,24 @@ class ExplicitRungeKutta(eqx.Module):
         for i in range(count):
             state = tree.add(y, tree.scale(h, tree.weighted_sum(rows[i], stages))) if i else y
             t = _stage_time(interval, nodes[i])
-            stage, pullback = jax.vjp(lambda y, p, t=t: problem.field_at(t, y, p), state, problem.parameters)
-            stages.append(stage)
+            rates, pullback = jax.vjp(lambda y, p, t=t: problem.at(p).rates(t, y), state, problem.parameters)
+            stages.append(rates.y)
             pullbacks.append(pullback)
         mu: list[Arrays] = []
         gradients = []
         for i in reversed(range(count)):
             weights = (b[i], *(rows[j][i] for j in reversed(range(i + 1, count))))
-            kappa = tree.weighted_sum(weights, [cotangent.y1, *mu])
+            kappa = tree.weighted_sum(weights, [cotangent.after, *mu])
             if cotangent.coefficients is not None:
                 kappa = tree.add(kappa, tree.contract(jnp.asarray(tableau.dense[i]), cotangent.coefficients))
-            mu_i, gradient = pullbacks[i](tree.scale(h, kappa))
+            mu_i, gradient = pullbacks[i](Rates(tree.scale(h, kappa), tree.scale(h * b[i], cotangent.cost)))
             mu.append(mu_i)
             gradients.append(gradient)
         return tree.add(*mu), tree.add(*gradients)
 
     def _transposed_in_a_loop(
-        self, problem: Problem, interval: Interval, y: Arrays, cotangent: StepCotangent, count: int
-    ) -> tuple[Arrays, PyTree[Any]]:
+        self, problem: Problem, interval: Interval, y: Arrays, cotangent: StepOutputs, count: int
+    ) -> tuple[Arrays, Parameters]:
         """The same with the stages as loops."""
         tableau, h = self.tableau, interval.end - interval.start
         rows, nodes = tableau.a + tableau.dense_a, tableau.c + tableau.dense_c
@@ -194,14 +172,14 @@ class ExplicitRungeKutta(eqx.Module):
             stages = tree.put(stages, i, problem.field(times[i], tree.take(states, i)))
             return tree.put(states, i + 1, tree.add(y, tree.scale(h, tree.contract(a[i + 1], stages)))), stages
 
-        def reverse_stage(reversed_index: Array, carry: tuple[Arrays, PyTree[Any]]) -> tuple[Arrays, PyTree[Any]]:
+        def reverse_stage(reversed_index: Array, carry: tuple[Arrays, Parameters]) -> tuple[Arrays, Parameters]:
             i = count - 1 - reversed_index
             mu, gradient = carry
-            kappa = tree.add(tree.scale(b[i], cotangent.y1), tree.contract(a[:, i], mu))
+            kappa = tree.add(tree.scale(b[i], cotangent.after), tree.contract(a[:, i], mu))
             if cotangent.coefficients is not None:
                 kappa = tree.add(kappa, tree.contract(dense[i], cotangent.coefficients))
-            _, pullback = jax.vjp(lambda y, p: problem.field_at(times[i], y, p), tree.take(states, i), parameters)
-            mu_i, gradient_i = pullback(tree.scale(h, kappa))
+            _, pullback = jax.vjp(lambda y, p: problem.at(p).rates(times[i], y), tree.take(states, i), parameters)
+            mu_i, gradient_i = pullback(Rates(tree.scale(h, kappa), tree.scale(h * b[i], cotangent.cost)))
             return tree.put(mu, i, mu_i), tree.add(gradient, gradient_i)
 
         states = tree.map(lambda leaf: jnp.broadcast_to(leaf, (count, *leaf.shape)), y)

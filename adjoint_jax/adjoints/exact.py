@@ -1,0 +1,253 @@
+"""The reverse adjoint ODE, discretised by the transposed method on the forward's own grid: what the exact adjoints share.
+
+They differ in how the states before the steps are recovered on the way back, which their trail knows.
+"""
+
+import abc
+import dataclasses
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int, PyTree
+
+from adjoint_jax import tree
+from adjoint_jax.adjoints.adjoint import (
+    AbstractAdjoint,
+    Inputs,
+    Saved,
+    blame,
+    ends_cotangent,
+    integrate,
+    is_zero,
+    materialise,
+    problem_cotangent,
+    reached_rows,
+    recorders,
+    saved,
+    times_cotangent,
+    unknown_if,
+)
+from adjoint_jax.adjoints.rows import Pulled, RowPull, Steps, pull_row
+from adjoint_jax.adjoints.trail import AbstractTrail, Segment, Way
+from adjoint_jax.integrate import Integrator, Report
+from adjoint_jax.problem import Parameters, Problem
+from adjoint_jax.recorders import AbstractRecorder, RowRecorder
+from adjoint_jax.saveat import Requests, Rows
+from adjoint_jax.solution import Status
+from adjoint_jax.solvers.solver import StepOutputs
+from adjoint_jax.tree import Arrays
+
+
+class AbstractExactAdjoint(AbstractAdjoint):
+    """An adjoint that is exact for the computed solution: it transposes every step."""
+
+    @abc.abstractmethod
+    def recorder(self, integrator: Integrator, problem: Problem) -> AbstractRecorder:
+        """Records a trail."""
+
+    def solve(
+        self, integrator: Integrator, problem: Problem, requests: Requests, valid: Bool[Array, ""], *, throw: bool
+    ) -> tuple[Saved, Report]:
+        del throw
+        return _solve(Inputs(problem, requests), integrator, valid, self)
+
+
+@eqx.filter_custom_vjp
+def _solve(inputs: Inputs, integrator: Integrator, valid: Array, adjoint: AbstractExactAdjoint) -> tuple[Saved, Report]:
+    del adjoint
+    return integrate(inputs, integrator, valid)
+
+
+class _Residuals(NamedTuple):
+    """The trail; the method's last state; the states at save times whose own derivative is wanted; the report."""
+
+    trail: AbstractTrail
+    last: Arrays
+    row_states: tuple[Arrays | None, ...]
+    report: Report
+
+
+@_solve.def_fwd
+def _forward(
+    perturbed: Inputs, inputs: Inputs, integrator: Integrator, valid: Array, adjoint: AbstractExactAdjoint
+) -> tuple[tuple[Saved, Report], _Residuals]:
+    wanted = recorders(inputs, integrator)
+    times_wanted = [rows.ts for rows in perturbed.requests.rows]
+    plain = [Rows(rows.ts, None) for rows, is_wanted in zip(inputs.requests.rows, times_wanted, strict=True) if is_wanted]
+    extra = [RowRecorder(rows, inputs.problem, integrator.solver) for rows in plain]
+    outcome = integrator(inputs.problem, [*wanted, *extra, adjoint.recorder(integrator, inputs.problem)], valid)
+    states = iter(outcome.records[len(wanted) :])
+    row_states = tuple(next(states).rows if is_wanted else None for is_wanted in times_wanted)
+    residuals = _Residuals(outcome.records[-1], outcome.state, row_states, outcome.report)
+    return (saved(inputs, integrator, outcome), outcome.report), residuals
+
+
+@_solve.def_bwd
+def _backward(
+    residuals: _Residuals,
+    cotangent: tuple[Saved, Report],
+    perturbed: Inputs,
+    inputs: Inputs,
+    integrator: Integrator,
+    valid: Array,
+    adjoint: AbstractExactAdjoint,
+) -> Inputs:
+    del valid, adjoint
+    requests, solver = inputs.requests, integrator.solver
+    problem = inputs.problem.without_cost() if is_zero(cotangent[0].cost) else inputs.problem
+    sweep = _Sweep(Way(problem, integrator, residuals.report, residuals.last), requests, residuals.trail, cotangent[0])
+    swept = sweep.run()
+
+    def start(y0: Arrays, parameters: Parameters) -> Arrays:
+        return solver.start(dataclasses.replace(problem.at(parameters), y0=y0))
+
+    a0, parameters = jax.vjp(start, problem.y0, problem.parameters)[1](swept.a)
+    parameters = tree.add(swept.parameters, parameters)
+    at_t1 = solver.output(residuals.last), sweep.y1_cotangent
+    ends = ends_cotangent(problem, integrator, perturbed.problem, at_t1, a0, sweep.cost_cotangent)
+    rows = []
+    for request, states, g, pulled in zip(
+        requests.rows, residuals.row_states, sweep.row_cotangents, swept.rows, strict=True
+    ):
+        ts = jnp.zeros_like(request.ts)
+        if states is not None and g is not None:
+            ts = times_cotangent(problem, request, states, reached_rows(problem, residuals.report, request.ts), g)
+        rows.append(Rows(ts, pulled.fn))
+        parameters = parameters._replace(args=tree.add(parameters.args, pulled.args))
+    requested = Requests(tuple(rows), requests.states, requests.dense)
+    return Inputs(problem_cotangent(inputs.problem, parameters, a0, ends), requested)
+
+
+class _Swept(NamedTuple):
+    """What the reverse sweep carries: dJ/d(the method's state), dJ/dparameters, and what was pulled back of the rows."""
+
+    a: Arrays
+    parameters: Parameters
+    rows: tuple[Pulled, ...]
+
+
+class _Observed(NamedTuple):
+    """What the loss says directly of a chunk of steps: of y behind them and before them, and of their interpolants."""
+
+    y1: Arrays | None
+    y0: Arrays | None
+    coefficients: Arrays | None
+
+
+class _Sweep:
+    """The reverse adjoint ODE on the recorded grid: over segments, over the chunks of a segment, and over the steps of a
+    chunk, each from the last to the first."""
+
+    def __init__(self, way: Way, requests: Requests, trail: AbstractTrail, cotangent: Saved):
+        self.way, self.requests, self.trail = way, requests, trail.standing_still(way)
+        self.problem, self.solver = way.problem, way.integrator.solver
+        failed = way.report.status != Status.SUCCESS
+        self.row_cotangents = [self._rows(*pair) for pair in zip(requests.rows, cotangent.rows, strict=True)]
+        y1 = blame(materialise(cotangent.y1, self.problem.y0), failed)
+        self.cost_cotangent = blame(materialise(cotangent.cost, self.problem.zero_cost()), failed)
+        asked = (y1, self.cost_cotangent, [g for g in self.row_cotangents if g is not None])
+        self.blamed = failed & ~tree.all_finite(asked)
+        self.y1_cotangent = unknown_if(self.blamed, y1)
+        self.states = self.dense_y0 = self.dense_coefficients = None
+        if cotangent.states is not None and not is_zero(cotangent.states.ys):
+            self.states = self._per_slot(cotangent.states.ys, self.problem.y0)
+        if cotangent.dense is not None and not is_zero((cotangent.dense.y0, cotangent.dense.coefficients)):
+            coefficients = tree.buffer(self.solver.dense_degree, self.problem.y0)
+            self.dense_y0 = self._per_slot(cotangent.dense.y0, self.problem.y0)
+            self.dense_coefficients = self._per_slot(cotangent.dense.coefficients, coefficients)
+
+    def _rows(self, rows: Rows, cotangent: PyTree[Any]) -> Arrays | None:
+        if is_zero(cotangent):
+            return None
+        problem = self.problem
+        one = jax.eval_shape(lambda t, y: rows.apply(t, y, problem.args), problem.t0, problem.y0)
+        like = tree.map(lambda leaf: jnp.zeros((len(rows.ts), *leaf.shape), leaf.dtype), one)
+        return blame(materialise(cotangent, like), ~reached_rows(problem, self.way.report, rows.ts))
+
+    def _per_slot(self, cotangent: PyTree[Any], one: Arrays) -> Arrays:
+        """The cotangents of what was saved in every slot, with zeros behind them up to the trail's length."""
+        slots = self.way.integrator.slots(self.problem)
+        padding = self.trail.times.shape[0] - slots
+        given = materialise(cotangent, tree.buffer(slots, one))
+        return tree.map(lambda leaf: jnp.pad(leaf, [(0, padding), *[(0, 0)] * (leaf.ndim - 1)]), given)
+
+    def run(self) -> _Swept:
+        """From t1 to t0."""
+        swept = _Swept(
+            self.solver.from_output(self.way.last, self.y1_cotangent),
+            unknown_if(self.blamed, tree.zeros_like(self.problem.parameters)),
+            tuple(Pulled.nothing(rows, self.way) for rows in self.requests.rows),
+        )
+        return self._observed_at_t0(self.trail.walk_back(self.way, self._reverse_segment, swept))
+
+    def _reverse_segment(self, segment: Segment, swept: _Swept) -> _Swept:
+        chunk = self.trail.chunk
+        chunks = (segment.steps + chunk - 1) // chunk
+
+        def reverse_chunk(reversed_index: Array, swept: _Swept) -> _Swept:
+            first = (chunks - 1 - reversed_index) * chunk
+            slot = segment.begin + first
+            steps = Steps(
+                tree.take_block(self.trail.times, slot, chunk),
+                tree.take_block(self.trail.times, slot + 1, chunk),
+                tree.take_block(segment.states, first, chunk),
+            )
+            valid = jnp.minimum(chunk, segment.steps - first)
+            swept, observed = self._observed_inside(slot, valid, steps, swept)
+            return self._reverse_steps(valid, steps, observed, swept)
+
+        return jax.lax.fori_loop(0, chunks, reverse_chunk, swept)
+
+    def _reverse_steps(self, count: Int[Array, ""], steps: Steps, observed: _Observed, swept: _Swept) -> _Swept:
+        """Reverse the first `count` steps of a chunk."""
+
+        def reverse_step(reversed_index: Array, carry: tuple[Arrays, Parameters]) -> tuple[Arrays, Parameters]:
+            a, parameters = carry
+            start, end, state = tree.take(steps, count - 1 - reversed_index)
+            y1, y0, coefficients = tree.take(observed, count - 1 - reversed_index)
+            a = a if y1 is None else tree.add(a, self.solver.from_output(state, y1))
+            y0 = tree.zeros_like(self.problem.y0) if y0 is None else y0
+            cotangent = StepOutputs(a, y0, coefficients, self.cost_cotangent)
+            through, gradient = self.solver.transposed_step(self.problem, self.way.interval(start, end), state, cotangent)
+            taken = start != end
+            gradient = tree.where(taken, gradient, tree.zeros_like(gradient))
+            through = tree.where(taken, through, tree.add(a, self.solver.from_output(state, y0)))
+            return through, tree.add(parameters, gradient)
+
+        a, parameters = jax.lax.fori_loop(0, count, reverse_step, (swept.a, swept.parameters))
+        return swept._replace(a=a, parameters=parameters)
+
+    def _observed_inside(
+        self, slot: Int[Array, ""], valid: Int[Array, ""], steps: Steps, swept: _Swept
+    ) -> tuple[_Swept, _Observed]:
+        chunk = self.trail.chunk
+        y1 = None if self.states is None else tree.take_block(self.states, slot, chunk)
+        y0 = coefficients = None
+        if self.dense_y0 is not None:
+            y0 = tree.take_block(self.dense_y0, slot, chunk)
+            coefficients = tree.take_block(self.dense_coefficients, slot, chunk)
+        pulled_rows = []
+        for rows, g, pulled in zip(self.requests.rows, self.row_cotangents, swept.rows, strict=True):
+            if g is not None:
+                pulled, more = RowPull(self.way, rows, g, steps, valid).run(pulled)
+                y0 = more.y0 if y0 is None else tree.add(y0, more.y0)
+                coefficients = more.coefficients if coefficients is None else tree.add(coefficients, more.coefficients)
+            pulled_rows.append(pulled)
+        return swept._replace(rows=tuple(pulled_rows)), _Observed(y1, y0, coefficients)
+
+    def _observed_at_t0(self, swept: _Swept) -> _Swept:
+        """Rows saved at t0 itself, which lie in no step."""
+        problem, a, pulled_rows = self.problem, tree.zeros_like(self.problem.y0), []
+        for rows, g, pulled in zip(self.requests.rows, self.row_cotangents, swept.rows, strict=True):
+            if g is not None:
+                at_t0 = tree.map(lambda leaf: jnp.sum(leaf, axis=0), tree.keep_rows(rows.ts == problem.t0, g))
+                more, fn, args = pull_row(rows, problem, problem.t0, problem.y0, at_t0)
+                pulled = Pulled(pulled.left, tree.add(pulled.fn, fn), tree.add(pulled.args, args))
+                a = tree.add(a, more)
+            pulled_rows.append(pulled)
+        if self.dense_y0 is not None:
+            first = tree.add(a, tree.take(self.dense_y0, jnp.int32(0)))
+            a = tree.where(self.way.report.slots == 0, first, a)
+        return swept._replace(a=tree.add(swept.a, self.solver.from_output(self.way.last, a)), rows=tuple(pulled_rows))

@@ -1,0 +1,205 @@
+"""Adjoints that solve for a(t) alone, backward, with y(t) from the interpolants of the forward steps."""
+
+import abc
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, DTypeLike, Int
+
+from adjoint_jax import tree
+from adjoint_jax.adjoints.adjoint import unknown_if
+from adjoint_jax.adjoints.continuous import AbstractContinuousAdjoint, Final, Swept, preceded_by_t0
+from adjoint_jax.adjoints.reverse_ode import (
+    AbstractReverseSystem,
+    Adjoint,
+    Observations,
+    Reverse,
+    ReverseState,
+    prepared,
+    reverse_integrator,
+)
+from adjoint_jax.adjoints.tape import tape_recorder
+from adjoint_jax.adjoints.trail import AbstractTrail, Segment, Way
+from adjoint_jax.controllers.controller import AbstractController
+from adjoint_jax.integrate import Integrator
+from adjoint_jax.interpolation import Interpolant
+from adjoint_jax.lanes import any_lane
+from adjoint_jax.problem import Problem
+from adjoint_jax.recorders import AbstractRecorder
+from adjoint_jax.solution import Status
+from adjoint_jax.solvers.solver import AbstractSolver, Nodes, Step
+from adjoint_jax.tree import Arrays, Scalar
+
+
+class AbstractInterpolatingAdjoint(AbstractContinuousAdjoint):
+    """Solves the reverse ODE for a(t) over one segment of the forward steps after the other, from the last to the first."""
+
+    solver: eqx.AbstractVar[AbstractSolver | None]
+    controller: eqx.AbstractVar[AbstractController | None]
+    checkpoints: eqx.AbstractVar[int | None]
+
+    def __check_init__(self) -> None:
+        if self.checkpoints is not None and self.checkpoints < 1:
+            raise ValueError(f"{type(self).__name__}(checkpoints=...) must be at least 1, got {self.checkpoints}.")
+
+    @abc.abstractmethod
+    def reverse(self, integrator: Integrator) -> Reverse:
+        """The integration of a(t) by an integrator."""
+
+    def prepare(self, dtype: DTypeLike) -> "AbstractInterpolatingAdjoint":
+        if self.controller is None:
+            return self
+        controller = prepared(self.controller, type(self).__name__, dtype)
+        return eqx.tree_at(lambda adjoint: adjoint.controller, self, controller, is_leaf=lambda x: x is self.controller)
+
+    def recorders(self, integrator: Integrator, problem: Problem) -> list[AbstractRecorder]:
+        return [tape_recorder(self.checkpoints, integrator, problem, keep_all_bytes=0)]
+
+    def sweep(self, way: Way, records: Sequence[Any], observations: Observations, final: Final) -> Swept:
+        trail = records[0].standing_still(way)
+        observations = preceded_by_t0(way.problem, observations)
+        reverse = self.reverse(reverse_integrator(way, self.solver, self.controller))
+        sweep = _SegmentSweep(way, trail, reverse, observations, final.cost)
+        h = jnp.abs(way.report.reached - way.problem.t0) / jnp.maximum(way.report.stats.accepted, 1)
+        start = ReverseState.beginning(final.t, final.a, final.parameters, h)
+        stand = _Stand(start, jnp.full((), len(observations.times), jnp.int32))
+        end, left = trail.walk_back(way, sweep.over_segment, stand)
+        at_t0 = tree.keep_rows(jnp.arange(len(observations.times)) < left, observations.cotangents)
+        a = tree.add(end.state, tree.map(lambda leaf: jnp.sum(leaf, axis=0), at_t0))
+        a, parameters = unknown_if(end.status != Status.SUCCESS, (a, end.parameters))
+        return Swept(a, parameters, end.status, end.failure)
+
+
+class InterpolatingAdjoint(AbstractInterpolatingAdjoint):
+    """The continuous adjoint with the state from the forward solution's dense output.
+
+    a(t) is integrated backward, each step controlled by its error estimate, and parameters are summed up over the stages of
+    the reverse method. States are kept at checkpoints, the starts of some segments of forward steps; those of a segment
+    and their interpolants are computed again when its turn comes. The reverse integration stops at observations and at
+    the ends of segments.
+
+    - `solver`, `controller`: the method and controller of the reverse integration, by default the forward ones; where the
+      forward grid is given, steps of its mean size. Tolerances given as pytrees are like y.
+    - `checkpoints`: how many states to keep besides those of one segment, as in `DiscreteAdjoint`; by default those at the
+      starts of all segments, about the square root of the largest number of steps.
+
+    Memory: O(checkpoints + sqrt(steps)) states. The gradient differs from the exact derivative of the computed solution by
+    O(tolerance), and of the order of the dense output on given grids; stable on dissipative problems. If the reverse
+    integration fails, the gradient is NaN, and with `throw=True` an error is raised.
+    """
+
+    solver: AbstractSolver | None = None
+    controller: AbstractController | None = None
+    checkpoints: int | None = eqx.field(static=True, default=None)
+
+    def reverse(self, integrator: Integrator) -> Reverse:
+        return Reverse(integrator, integrator.solver.quadrature, dense=False)
+
+
+class GaussAdjoint(AbstractInterpolatingAdjoint):
+    """The continuous adjoint for many parameters: a(t) alone is the state of the reverse ODE, with y(t) from the forward
+    solution's dense output, and the parameters' integral is computed by Gauss-Legendre quadrature over each accepted step.
+
+    As `InterpolatingAdjoint`, but the nodes of the parameters' quadrature are chosen for it: `nodes` of them on each
+    accepted reverse step, with a(t) from that step's dense output. By default as many as the method's order asks for: half
+    of it, rounded up, for an error of the order of the method's own (three for Tsit5, which has six stages of its own).
+    A step's cost depends on the number of parameters through these nodes alone, all in one vjp.
+    """
+
+    solver: AbstractSolver | None = None
+    controller: AbstractController | None = None
+    checkpoints: int | None = eqx.field(static=True, default=None)
+    nodes: int | None = eqx.field(static=True, default=None)
+
+    def reverse(self, integrator: Integrator) -> Reverse:
+        count = -(-integrator.solver.order // 2) if self.nodes is None else self.nodes
+        return Reverse(integrator, gauss_legendre(integrator.solver, count), dense=True)
+
+
+def gauss_legendre(solver: AbstractSolver, count: int) -> Callable[[Step], Nodes]:
+    """The Gauss-Legendre nodes and weights on a step, with the states of its interpolant; exact to degree 2 count - 1."""
+    points, weights = np.polynomial.legendre.leggauss(count)
+
+    def nodes(step: Step) -> Nodes:
+        start, end = step.interval.start, step.interval.end
+        times = start + (end - start) * jnp.asarray((1 + points) / 2, start.dtype)
+        states = jax.vmap(solver.interpolant(step).evaluate)(times)
+        return Nodes(times, states, (end - start) * jnp.asarray(weights / 2, start.dtype))
+
+    return nodes
+
+
+class _Stand(NamedTuple):
+    """Where the sweep stands, and how many observations are left."""
+
+    state: ReverseState
+    left: Int[Array, ""]
+
+
+class _SegmentSweep(NamedTuple):
+    """The reverse integration of a(t), to be carried over one segment of the forward steps after the other."""
+
+    way: Way
+    trail: AbstractTrail
+    reverse: Reverse
+    observations: Observations
+    cost: Arrays
+
+    def over_segment(self, segment: Segment, stand: _Stand) -> _Stand:
+        """From the segment's end to its start, with the observations in between."""
+        system = _Along(self.way.problem, self.cost, self._interpolants(segment), segment.steps, self.way.direction)
+        begin, direction = tree.take(self.trail.times, segment.begin), self.way.direction
+
+        def observed(stand: _Stand) -> Bool[Array, ""]:
+            return tree.take(self.observations.times, stand.left - 1) * direction > begin * direction
+
+        def unfinished(stand: _Stand) -> Bool[Array, ""]:
+            return any_lane(observed(stand) | (stand.state.t * direction > begin * direction))
+
+        def to_next(stand: _Stand) -> _Stand:
+            is_observed = observed(stand)
+            observation = tree.take(self.observations, stand.left - 1)
+            stop = jnp.where(
+                is_observed, observation.times, jnp.minimum(begin * direction, stand.state.t * direction) * direction
+            )
+            state = self.reverse.to(system, stand.state, stop)
+            jump = tree.where(is_observed, observation.cotangents, tree.zeros_like(observation.cotangents))
+            return _Stand(state._replace(state=tree.add(state.state, jump)), stand.left - is_observed)
+
+        return jax.lax.while_loop(unfinished, to_next, stand)
+
+    def _interpolants(self, segment: Segment) -> Interpolant:
+        """Those of the segment's steps; what stands behind the last of them means nothing."""
+        (problem, integrator), length = self.way[:2], jax.tree.leaves(segment.states)[0].shape[0]
+
+        def interpolant(step: tuple[Scalar, Scalar, Arrays]) -> Interpolant:
+            start, end, state = step
+            taken = integrator.solver.step(problem.field, self.way.interval(start, end), state, None)
+            return integrator.solver.interpolant(integrator.solver.with_dense_stages(problem.field, taken))
+
+        starts = tree.take_block(self.trail.times, segment.begin, length)
+        ends = tree.take_block(self.trail.times, segment.begin + 1, length)
+        return jax.lax.map(interpolant, (starts, ends, segment.states), batch_size=self.trail.chunk)
+
+
+class _Along(AbstractReverseSystem):
+    """The reverse ODE for a(t) along the interpolants of some forward steps."""
+
+    problem: Problem
+    cost: Arrays
+    interpolants: Interpolant
+    steps: Int[Array, ""]
+    direction: Scalar
+
+    def adjoint(self, t: Scalar, state: Arrays) -> Adjoint:
+        ends = self.interpolants.end
+        passed = (ends * self.direction < t * self.direction) & (jnp.arange(len(ends)) < self.steps - 1)
+        at = jnp.sum(passed, dtype=jnp.int32)
+        return Adjoint(tree.take(self.interpolants, at).evaluate(t), state)
+
+    def velocity(self, rates: Adjoint) -> Arrays:
+        return rates.a

@@ -1,0 +1,240 @@
+"""A trail of states: recorded in one segment and at checkpoints, and stepped through again between them.
+
+Times are recorded for all steps. States are kept for the steps of one segment, and at checkpoints: the starts of some
+segments. The segments behind a checkpoint are stepped through again, on the recorded grid, when their turn comes.
+
+Where there are fewer checkpoints than segments, they are first spread evenly: when there is no room for another one, every
+second is dropped. On the way back, those that have become free divide the stretch behind the last one so that no segment is
+stepped through more often than it must: with c free checkpoints, r repetitions suffice for
+
+    beta(c, r) = (c + r)! / (c! r!) = beta(c, r - 1) + beta(c - 1, r)
+
+segments, the first term before a new checkpoint and the second behind it. A. Griewank and A. Walther, "Algorithm 799:
+Revolve", ACM Transactions on Mathematical Software 26 (2000).
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from adjoint_jax import tree
+from adjoint_jax.adjoints.trail import AbstractTrail, Carry, Segment, Way
+from adjoint_jax.integrate import Integrator, chunk_length, round_up
+from adjoint_jax.lanes import max_lane
+from adjoint_jax.problem import Problem
+from adjoint_jax.recorders import AbstractRecorder, Layout, Place
+from adjoint_jax.solvers.solver import AbstractSolver, Step
+from adjoint_jax.tree import Arrays, Scalar
+
+KEEP_ALL_BYTES = 16 * 2**20
+"""All states of a given grid are kept if they take no more than this; else about the square root of their number."""
+
+LANE_SEGMENT_BYTES = 4 * 2**10
+"""A segment of an adaptive integration is at least as long as fits in this."""
+
+
+class Tape(AbstractTrail):
+    """The times of all steps; the states before every step of the last segment; those at checkpoints. Buffers are longer
+    than segments and steps by up to a chunk, so that every chunk lies inside.
+
+    Checkpoint j stands at the start of segment j * stride."""
+
+    times: Float[Array, " times"]
+    recent: Arrays
+    checkpoints: Arrays
+    stride: Int[Array | np.ndarray, ""]
+    layout: "TapeLayout" = eqx.field(static=True)
+
+    @property
+    def chunk(self) -> int:
+        return self.layout.chunk
+
+    def walk_back(self, way: Way, visit: Callable[[Segment, Carry], Carry], carry: Carry) -> Carry:
+        count, segment = max_lane(way.report.slots), self.layout.segment
+        if self.layout.segments == 1:
+            return visit(Segment(jnp.zeros((), jnp.int32), count, self.recent), carry)
+        segments = (count + segment - 1) // segment
+
+        def visit_last(going: _Going) -> _Going:
+            index = going.left - 1
+            begin = index * segment
+            end = jnp.minimum(count, begin + segment)
+            first, stack = self._first_state(way, index, going.stack)
+            states = tree.put(going.states, jnp.int32(0), first)
+            states = self._replay(way, begin, jnp.where(index == segments - 1, begin, end - 1), states)
+            return _Going(index, stack, states, visit(Segment(begin, end - begin, states), going.carry))
+
+        going = _Going(segments, _Stack.of(self, segments), self.recent, carry)
+        return jax.lax.while_loop(lambda going: going.left > 0, visit_last, going).carry
+
+    def _first_state(self, way: Way, index: Int[Array, ""], stack: "_Stack") -> tuple[Arrays, "_Stack"]:
+        """The state at the start of a segment, and the checkpoints without that one."""
+        if self.layout.checkpoints == self.layout.segments:
+            return tree.take(stack.states, index), stack
+        stack = self._divide(way, stack, index + 1)
+        at = tree.take(stack.at, stack.top)
+        state = self._advance(way, tree.take(stack.states, stack.top), at, index)
+        return state, stack._replace(top=stack.top - (at == index))
+
+    def _divide(self, way: Way, stack: "_Stack", left: Int[Array, ""]) -> "_Stack":
+        """Set free checkpoints between the last one and the segment whose turn it is."""
+        capacity = self.layout.checkpoints
+        reversible = jnp.asarray(_reversible_segments(capacity, self.layout.segments))
+
+        def has_room(stack: _Stack) -> Bool[Array, ""]:
+            return (tree.take(stack.at, stack.top) < left - 1) & (stack.top < capacity - 1)
+
+        def push(stack: _Stack) -> _Stack:
+            start, free = tree.take(stack.at, stack.top), capacity - 1 - stack.top
+            stretch = left - start
+            repetitions = jnp.argmax(reversible[free] >= stretch)
+            split = start + jnp.maximum(1, stretch - reversible[free - 1, repetitions])
+            state = self._advance(way, tree.take(stack.states, stack.top), start, split)
+            top = stack.top + 1
+            return _Stack(top, tree.put(stack.at, top, split), tree.put(stack.states, top, state))
+
+        return jax.lax.while_loop(has_room, push, stack)
+
+    def _advance(self, way: Way, state: Arrays, start: Int[Array, ""], end: Int[Array, ""]) -> Arrays:
+        """The state at the start of segment `end`, from that at the start of segment `start`."""
+        segment = self.layout.segment
+        return jax.lax.fori_loop(start * segment, end * segment, lambda slot, y: self._after(way, slot, y), state)
+
+    def _replay(self, way: Way, begin: Int[Array, ""], end: Int[Array, ""], states: Arrays) -> Arrays:
+        """Take the steps from slot `begin` to `end` again, of which the first state is known."""
+
+        def take_step(slot: Array, states: Arrays) -> Arrays:
+            return tree.put(states, slot - begin + 1, self._after(way, slot, tree.take(states, slot - begin)))
+
+        return jax.lax.fori_loop(begin, end, take_step, states)
+
+    def _after(self, way: Way, slot: Int[Array, ""], state: Arrays) -> Arrays:
+        """The state after the step of a slot."""
+        interval = self.interval(way, slot)
+        step = way.integrator.solver.step(way.problem.field, interval, state, None)
+        return tree.where(interval.start != interval.end, step.after, state)
+
+
+class _Stack(NamedTuple):
+    """Checkpoints in use: the index of the last one; the segments at whose starts they stand; the states there."""
+
+    top: Int[Array, ""]
+    at: Int[Array, " checkpoints"]
+    states: Arrays
+
+    @staticmethod
+    def of(tape: Tape, segments: Int[Array, ""]) -> "_Stack":
+        places = jnp.arange(tape.layout.checkpoints, dtype=jnp.int32) * tape.stride
+        return _Stack(jnp.maximum(segments - 1, 0) // tape.stride, places, tape.checkpoints)
+
+
+class _Going(NamedTuple):
+    """Where the walk back stands: the number of segments left, the checkpoints, the buffer of one segment's states."""
+
+    left: Int[Array, ""]
+    stack: _Stack
+    states: Arrays
+    carry: Any
+
+
+def _reversible_segments(checkpoints: int, segments: int) -> np.ndarray:
+    """beta(c, r) for c free checkpoints and r repetitions, cut off at the number of segments."""
+    counts = [[min(math.comb(c + r, c), segments) for r in range(segments)] for c in range(checkpoints)]
+    return np.array(counts, np.int32)
+
+
+class TapeLayout(NamedTuple):
+    """Static sizes: steps in a segment, steps in a chunk, checkpoints, and the largest number of segments."""
+
+    segment: int
+    chunk: int
+    checkpoints: int
+    segments: int
+
+
+class TapeNote(NamedTuple):
+    """A step's start, as a state, and its end, as a time."""
+
+    state: Arrays
+    end: Scalar
+
+
+class TapeRecorder(AbstractRecorder):
+    """Records a `Tape` with segments of at least `length` steps and at most so many checkpoints."""
+
+    solver: AbstractSolver
+    length: int = eqx.field(static=True)
+    checkpoints: int = eqx.field(static=True)
+    slots: int = eqx.field(static=True)
+
+    @property
+    def segment_limit(self) -> int | None:
+        return None if self.length >= self.slots else self.length
+
+    def start(self, problem: Problem, layout: Layout) -> Tape:
+        segment = layout.slots if self.length >= self.slots else round_up(self.length, layout.segment)
+        chunk = chunk_length(tree.buffer(self.solver.dense_degree, problem.y0))
+        segments = math.ceil(layout.slots / segment)
+        sizes = TapeLayout(segment, chunk, min(self.checkpoints, segments), segments)
+        state = self.solver.start(problem)
+        return Tape(
+            times=jnp.full(layout.slots + chunk + 1, problem.t0),
+            recent=tree.buffer(round_up(segment, chunk), state),
+            checkpoints=tree.buffer(sizes.checkpoints, state),
+            stride=jnp.ones((), jnp.int32),
+            layout=sizes,
+        )
+
+    def note(self, step: Step, accepted: Bool[Array, ""]) -> TapeNote:
+        del accepted
+        return TapeNote(step.before, step.interval.end)
+
+    def write(self, record: Tape, place: Place, notes: TapeNote) -> Tape:
+        return dataclasses.replace(
+            record,
+            times=tree.put_block(record.times, place.slot + 1, notes.end),
+            recent=tree.put_block(record.recent, place.slot % record.layout.segment, notes.state),
+        )
+
+    def flush(self, record: Tape, place: Place, now: Scalar) -> Tape:
+        del now
+        index = jnp.maximum(place.slot - 1, 0) // record.layout.segment
+        first = tree.take(record.recent, jnp.int32(0))
+        if record.layout.checkpoints < record.layout.segments:
+            record = _thinned(record, index)
+        kept = tree.put(record.checkpoints, index // record.stride, first)
+        if record.layout.checkpoints < record.layout.segments:
+            kept = tree.where(index % record.stride == 0, kept, record.checkpoints)
+        return dataclasses.replace(record, checkpoints=kept)
+
+
+def _thinned(tape: Tape, index: Int[Array, ""]) -> Tape:
+    """The tape with every second checkpoint only, if segment `index` finds no room."""
+    full = index // tape.stride >= tape.layout.checkpoints
+    every_second = np.minimum(2 * np.arange(tape.layout.checkpoints), tape.layout.checkpoints - 1)
+    checkpoints = tree.map(lambda leaf: jnp.where(full, leaf[every_second], leaf), tape.checkpoints)
+    return dataclasses.replace(tape, checkpoints=checkpoints, stride=jnp.where(full, 2 * tape.stride, tape.stride))
+
+
+def tape_recorder(
+    checkpoints: int | None, integrator: Integrator, problem: Problem, *, keep_all_bytes: int = KEEP_ALL_BYTES
+) -> TapeRecorder:
+    """The recorder with a segment length that suits the sizes known at trace time."""
+    state_bytes = max(1, tree.size_in_bytes(problem.y0))
+    grid_steps, slots = integrator.grid_steps(problem), integrator.slots(problem)
+    if grid_steps is None:
+        length = max(math.isqrt(slots), LANE_SEGMENT_BYTES // state_bytes)
+    elif checkpoints is None and slots * state_bytes <= keep_all_bytes:
+        length = slots
+    else:
+        length = math.isqrt(slots)
+    if checkpoints is not None:
+        length = min(length, math.ceil(slots / checkpoints))
+    return TapeRecorder(integrator.solver, min(slots, max(length, 1)), checkpoints or slots, slots)

@@ -1,0 +1,71 @@
+"""The forward integration as it can be walked back: from the last step to the first, some steps at a time."""
+
+import abc
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
+
+import equinox as eqx
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from adjoint_jax import tree
+from adjoint_jax.integrate import Integrator, Report
+from adjoint_jax.problem import Interval, Problem
+from adjoint_jax.tree import Arrays, Scalar
+
+Carry = TypeVar("Carry")
+
+
+class Segment(NamedTuple):
+    """Some consecutive steps: the slot of the first, how many there are, and the method's states before each of them, in
+    a buffer that is longer than that by up to a chunk."""
+
+    begin: Int[Array, ""]
+    steps: Int[Array, ""]
+    states: Arrays
+
+
+class Way(NamedTuple):
+    """A problem, what integrated it, how far, and the method's state there."""
+
+    problem: Problem
+    integrator: Integrator
+    report: Report
+    last: Arrays
+
+    @property
+    def direction(self) -> Scalar:
+        """1 if time ran forward, else -1."""
+        return jnp.where(self.problem.t1 < self.problem.t0, -1, 1).astype(self.problem.t0.dtype)
+
+    def interval(self, start: Scalar, end: Scalar) -> Interval:
+        """The step from start to end."""
+        return self.integrator.controller.interval(start, end)
+
+
+class AbstractTrail(eqx.Module):
+    """A record of the forward integration. A step of no length stands for none."""
+
+    times: eqx.AbstractVar[Float[Array, " times"]]
+    """The ends of all steps, from t0 on; longer than that by at least a chunk."""
+
+    @property
+    @abc.abstractmethod
+    def chunk(self) -> int:
+        """The number of steps that may be looked at at a time, wherever they begin."""
+
+    def standing_still(self, way: Way) -> "AbstractTrail":
+        """The trail of a given grid, where it goes on behind a failure, with steps of no length there."""
+        if way.integrator.grid_steps(way.problem) is None:
+            return self
+        taken = jnp.arange(self.times.shape[0]) <= way.report.stats.accepted
+        return dataclasses.replace(self, times=jnp.where(taken, self.times, way.report.reached))
+
+    def interval(self, way: Way, slot: Int[Array, ""]) -> Interval:
+        """The step of a slot."""
+        return way.interval(tree.take(self.times, slot), tree.take(self.times, slot + 1))
+
+    @abc.abstractmethod
+    def walk_back(self, way: Way, visit: Callable[[Segment, Carry], Carry], carry: Carry) -> Carry:
+        """Visit all steps in segments, from the last segment to the first."""

@@ -1,0 +1,155 @@
+"""What a method is: one step, its dense output, its quadrature, and the transpose of all that."""
+
+import abc
+from collections.abc import Callable
+from typing import NamedTuple
+
+import equinox as eqx
+import jax
+from jaxtyping import Array, Float
+
+from adjoint_jax import tree
+from adjoint_jax.interpolation import Interpolant
+from adjoint_jax.problem import Interval, Parameters, Problem
+from adjoint_jax.tree import Arrays, Scalar
+
+Field = Callable[[Scalar, Arrays], Arrays]
+
+
+class Step(NamedTuple):
+    """What one step computed. `before` and `after` are states of the method: y itself, or y and what else the method
+    carries from step to step. `stages` are values of the field; `error`, like y, is None without an error estimate."""
+
+    interval: Interval
+    before: Arrays
+    after: Arrays
+    stages: tuple[Arrays, ...]
+    error: Arrays | None
+
+
+class StepOutputs(NamedTuple):
+    """All that a loss can see of one step; or the loss's derivative with respect to it.
+
+    The method's state after the step; y at its start and the coefficients of its interpolant (None if nothing is saved
+    inside any step); and the step's part of the cost.
+    """
+
+    after: Arrays
+    y0: Arrays
+    coefficients: Arrays | None
+    cost: Arrays
+
+
+class Nodes(NamedTuple):
+    """A quadrature over one step: the integral of g(t, y(t)) is the sum of weights[i] * g(times[i], states[i])."""
+
+    times: Float[Array, "*steps nodes"]
+    states: Arrays
+    weights: Float[Array, "*steps nodes"]
+
+
+class AbstractSolver(eqx.Module):
+    """A one-step method. Static sizes are properties; all arrays pass through arguments."""
+
+    @property
+    @abc.abstractmethod
+    def order(self) -> int:
+        """Order of the step."""
+
+    @property
+    @abc.abstractmethod
+    def error_order(self) -> int | None:
+        """Order of the error estimate's embedded method; None without an error estimate."""
+
+    @property
+    @abc.abstractmethod
+    def dense_degree(self) -> int:
+        """Degree of the interpolant."""
+
+    @property
+    @abc.abstractmethod
+    def extra_stages(self) -> int:
+        """Stages that only the interpolant needs."""
+
+    @property
+    def reuses_last_stage(self) -> bool:
+        """Whether the last stage is the next step's first: the field at its end."""
+        return False
+
+    @abc.abstractmethod
+    def evaluations(self, *, estimated: bool, interpolated: bool) -> int:
+        """Field evaluations of one step after another, without those that only the interpolant needs."""
+
+    @property
+    def start_evaluations(self) -> int:
+        """Field evaluations of `start`."""
+        return 0
+
+    def start(self, problem: Problem) -> Arrays:
+        """The method's state at t0."""
+        return problem.y0
+
+    def output(self, state: Arrays) -> Arrays:
+        """y, of a state of the method: a selection, so that its transpose is known without a value."""
+        return state
+
+    def slope(self, field: Field, t: Scalar, state: Arrays) -> Arrays:
+        """The first stage of a step from the state."""
+        return field(t, self.output(state))
+
+    @abc.abstractmethod
+    def step(self, field: Field, interval: Interval, state: Arrays, first: Arrays | None) -> Step:
+        """One step over the interval. `first` is the field at its start if that is known."""
+
+    def last_stage(self, step: Step) -> Arrays:
+        """The stage that the next step reuses. Only called if `reuses_last_stage`."""
+        raise NotImplementedError(step)
+
+    @abc.abstractmethod
+    def blank_step(self, t: Scalar, state: Arrays) -> Step:
+        """A step of no length, with its dense stages and without an error estimate."""
+
+    @abc.abstractmethod
+    def with_dense_stages(self, field: Field, step: Step) -> Step:
+        """The step with the stages added that only its interpolant needs."""
+
+    @abc.abstractmethod
+    def interpolant(self, step: Step) -> Interpolant:
+        """The step's dense output, from a step with its dense stages."""
+
+    @abc.abstractmethod
+    def quadrature(self, step: Step) -> Nodes:
+        """The method as a quadrature over the step, of the method's order."""
+
+    def outputs(self, problem: Problem, interval: Interval, state: Arrays, *, interpolated: bool) -> StepOutputs:
+        """One step as a function of the state and of the problem's parameters."""
+        step = self.step(problem.field, interval, state, None)
+        coefficients = None
+        if interpolated:
+            coefficients = self.interpolant(self.with_dense_stages(problem.field, step)).coefficients
+        return StepOutputs(step.after, self.output(state), coefficients, cost_of(problem, self.quadrature(step)))
+
+    def transposed_step(
+        self, problem: Problem, interval: Interval, state: Arrays, cotangent: StepOutputs
+    ) -> tuple[Arrays, Parameters]:
+        """dJ/dstate at the step's start, and the step's part of dJ/dparameters, for a constant step size."""
+        interpolated = cotangent.coefficients is not None
+
+        def outputs(state: Arrays, parameters: Parameters) -> StepOutputs:
+            return self.outputs(problem.at(parameters), interval, state, interpolated=interpolated)
+
+        return jax.vjp(outputs, state, problem.parameters)[1](cotangent)
+
+    def from_output(self, state: Arrays, cotangent: Arrays) -> Arrays:
+        """The transpose of `output`: the derivative with respect to a state like `state`, of that with respect to y."""
+        return jax.vjp(self.output, state)[1](cotangent)[0]
+
+
+def cost_of(problem: Problem, nodes: Nodes) -> Arrays:
+    """The integral of the running cost over one step, or over many along leading axes of the nodes; () without one.
+    Nodes of no weight count as nothing, whatever the cost there."""
+    if problem.running_cost is None:
+        return ()
+    flat = tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[nodes.times.ndim :]), nodes)
+    rates = jax.vmap(problem.rates)(flat.times, flat.states).cost
+    return tree.contract(flat.weights, tree.keep_rows(flat.weights != 0, rates))
