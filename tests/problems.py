@@ -69,7 +69,7 @@ class OnGrid(NamedTuple):
         s = (float(t) - self.grid[i]) / (self.grid[i + 1] - self.grid[i])
 
         def evaluate(y, q):
-            return y[i] + sum(s ** (p + 1) * q[i, p] for p in range(q.shape[1]))
+            return y[i] + jnp.tensordot(s ** np.arange(1, q.shape[1] + 1), q[i], 1)
 
         return jax.tree.map(evaluate, self.ys, self.coefficients)
 
@@ -83,24 +83,16 @@ def on_grid(tableau, field, grid, y0):
         start, end = interval
         h = end - start
         stages = []
+
+        def weighted(weights):
+            """h times the sum of weighted stages; for each of several sets of weights, if they are columns."""
+            used = stages[: len(weights)]
+            return jax.tree.map(lambda *ks: h * jnp.tensordot(np.transpose(weights), jnp.stack(ks), 1), *used)
+
         for row, node in zip(rows, nodes, strict=True):
-            state = y
-            for weight, k in zip(row, stages, strict=True):
-                if weight:
-                    state = axpy(h * weight, k, state)
+            state = axpy(1.0, weighted(row), y) if row else y
             stages.append(field(start + node * h, state))
-        y1 = y
-        for weight, k in zip(tableau.b, stages, strict=False):
-            y1 = axpy(h * weight, k, y1)
-
-        def column(p):
-            zero = jax.tree.map(jnp.zeros_like, y)
-            for weights, k in zip(tableau.dense, stages, strict=True):
-                zero = axpy(h * weights[p], k, zero)
-            return zero
-
-        columns = [column(p) for p in range(len(tableau.dense[0]))]
-        return y1, (y, jax.tree.map(lambda *leaves: jnp.stack(leaves), *columns))
+        return axpy(1.0, weighted(tableau.b), y), (y, weighted(tableau.dense))
 
     y1, (ys, coefficients) = jax.lax.scan(step, y0, (jnp.asarray(grid[:-1]), jnp.asarray(grid[1:])))
     return OnGrid(grid, jax.tree.map(lambda many, one: jnp.concatenate([many, one[None]]), ys, y1), coefficients)
@@ -116,6 +108,7 @@ def measure(y, k=0.0):
     return total
 
 
+@jax.jit
 def rows_measure(ys):
     """`measure` of every row, summed."""
     return jnp.sum(jax.vmap(measure)(ys, jnp.arange(jax.tree.leaves(ys)[0].shape[0], dtype=float)))

@@ -1,5 +1,6 @@
 """Solves that cannot succeed: statuses, errors, bad arguments, and lanes that fail beside lanes that do not."""
 
+import functools
 import inspect
 
 import jax
@@ -92,6 +93,8 @@ each_case = pytest.mark.parametrize("name", CASES)
 def test_a_failure_is_a_status_with_its_time_and_nan_only_behind_it(name):
     field, y0, options, statuses, end, exact = CASES[name]
     solution = aj.solve(field, 0.0, 3.0, y0, saveat=EVERYTHING, throw=False, **options)
+    dense = np.asarray(solution.evaluate(TS))
+    solution = jax.tree.map(np.asarray, solution)
     rows, final, steps, _ = solution.ys
     assert Status(int(solution.status)) in statuses
     assert solution.t_end == pytest.approx(end, abs=0.011)
@@ -104,11 +107,11 @@ def test_a_failure_is_a_status_with_its_time_and_nan_only_behind_it(name):
     np.testing.assert_array_equal(np.isnan(steps), np.arange(len(steps)) >= accepted)
     np.testing.assert_array_equal(np.isnan(solution.ts[2]), np.arange(len(steps)) >= accepted)
     assert accepted == 0 or solution.ts[2][accepted - 1] == solution.t_end
-    np.testing.assert_array_equal(np.isnan(solution.evaluate(TS)), ~reached[1:])
+    np.testing.assert_array_equal(np.isnan(dense), ~reached[1:])
     if exact is not None:
         assert reached.sum() == 4
         np.testing.assert_allclose(rows[1:4], exact(TS[:3]), rtol=1e-5)
-        np.testing.assert_allclose(solution.evaluate(TS[:3]), exact(TS[:3]), rtol=1e-5)
+        np.testing.assert_allclose(dense[:3], exact(TS[:3]), rtol=1e-5)
 
 
 REMEDIES = {
@@ -128,9 +131,9 @@ REMEDIES = {
 @pytest.mark.parametrize("name", [name for name in CASES if name not in ("sqrt", "constant steps")])
 def test_throw_raises_an_error_that_names_time_steps_and_remedy(name):
     field, y0, options, statuses, *_ = CASES[name]
-    report = aj.solve(field, 0.0, 3.0, y0, throw=False, **options)
+    report = aj.solve(field, 0.0, 3.0, y0, saveat=EVERYTHING, throw=False, **options)
     with pytest.raises(aj.SolveError, match=REMEDIES[name]) as caught:
-        aj.solve(field, 0.0, 3.0, y0, **options)
+        aj.solve(field, 0.0, 3.0, y0, saveat=EVERYTHING, **options)
     message = str(caught.value)
     assert any(message.startswith(status.name) for status in statuses)
     assert f"at t = {float(report.t_end):.9g}" in message
@@ -164,12 +167,13 @@ def test_throw_within_jit_raises_a_runtime_error_with_the_same_message():
 
 
 def test_throw_under_vmap_names_the_lane():
+    @jax.jit
     @jax.vmap
     def end(y0):
         return aj.solve(blow_up, 0.0, 1.0, y0, controller=PID).ys[0]
 
-    np.testing.assert_allclose(end(np.array([0.5, 0.25])), [1.0, 1 / 3], rtol=1e-5)
-    message = message_of_a_failed_run(jax.jit(end), np.array([0.5, 2.0, 0.25]))
+    np.testing.assert_allclose(end(np.array([0.5, 0.4, 0.25])), [1.0, 2 / 3, 1 / 3], rtol=1e-5)
+    message = message_of_a_failed_run(end, np.array([0.5, 2.0, 0.25]))
     assert "lane 1 of (3,) at t = 0.5" in message
 
 
@@ -217,10 +221,16 @@ def test_bad_traced_times_raise_at_run_time():
     assert "not monotone" in message
 
 
-@pytest.mark.parametrize("grid", [[0.0, 0.5, 0.9], [0.1, 0.5, 1.0], [0.0, 0.7, 0.5, 1.0], [0.0, np.nan, 1.0]])
+@jax.jit
+def status_on_grid(grid):
+    return aj.solve(decay, 0.0, 1.0, 1.0, controller=aj.StepTo(grid), throw=False).status
+
+
+@pytest.mark.parametrize(
+    "grid", [[0.0, 0.3, 0.5, 0.9], [0.1, 0.3, 0.5, 1.0], [0.0, 0.7, 0.5, 1.0], [0.0, 0.3, np.nan, 1.0]]
+)
 def test_a_bad_traced_grid_is_a_status(grid):
-    end = jax.jit(lambda grid: aj.solve(decay, 0.0, 1.0, 1.0, controller=aj.StepTo(grid), throw=False))
-    assert end(np.array(grid)).status == Status.INVALID_TIMES
+    assert status_on_grid(np.array(grid)) == Status.INVALID_TIMES
 
 
 # Bad arguments: the error says what was given and what was expected
@@ -346,13 +356,17 @@ def lane_solution(kind, rate, controller):
     "controller", [aj.PIDController(1e-6, 1e-8), aj.FixedSteps(100), aj.ConstantStepSize(0.025)], ids=type
 )
 def test_a_failing_lane_touches_no_other(controller):
-    single = jax.jit(lambda kind, rate: lane_solution(kind, rate, controller))
-    together = jax.jit(jax.vmap(single))(KINDS, RATES)
+    # Where a lane fails, adaptive steps follow from rounding errors, which XLA's newer emitters make alike in both.
+    adapts = isinstance(controller, aj.PIDController)
+    jit = functools.partial(jax.jit, compiler_options={"xla_cpu_use_fusion_emitters": adapts})
+    solution = functools.partial(lane_solution, controller=controller)
+    single = jit(solution)
+    together = jax.tree.map(np.asarray, jit(jax.vmap(solution))(KINDS, RATES))
     good = np.flatnonzero(EXPECTED == Status.SUCCESS)
-    status = np.asarray(together[4])
+    status = together[4]
     np.testing.assert_array_equal(status[good], Status.SUCCESS)
     assert status[1] == Status.NON_FINITE
-    if isinstance(controller, aj.PIDController):
+    if adapts:
         assert status[3] != Status.SUCCESS
         assert status[4] == Status.MAX_STEPS_REACHED
     for lane in range(len(KINDS)):

@@ -30,6 +30,17 @@ def oscillation(t, omega=1.0):
 START = np.array([1.0, 0.0])
 
 
+def fetched(solution):
+    """With NumPy arrays, whose slices need no compilation."""
+    return jax.tree.map(np.asarray, solution)
+
+
+@jax.jit
+def evaluated(solution, all_times):
+    """The dense output at each of several arrays of times, in one compilation."""
+    return [solution.evaluate(times) for times in all_times]
+
+
 # Accuracy
 
 
@@ -75,9 +86,8 @@ def test_adaptive_solutions_agree_with_scipy(name):
     reference = scipy.integrate.solve_ivp(
         lambda t, y: field(np, t, y), (0.0, t1), y0, "DOP853", ts, rtol=1e-13, atol=1e-14
     ).y.T
-    ys = aj.odeint(
-        lambda t, y, args: field(jnp, t, y), np.array(y0), ts, rtol=1e-10, atol=1e-12, solver=solver, max_steps=20_000
-    )
+    options = {"rtol": 1e-10, "atol": 1e-12, "solver": solver, "max_steps": 20_000}
+    ys = np.asarray(aj.odeint(lambda t, y, args: field(jnp, t, y), np.array(y0), ts, **options))
     assert np.abs(ys - reference).max() < bound
     if name == "arenstorf":
         np.testing.assert_allclose(ys[-1][:2], y0[:2], atol=1e-5)
@@ -102,7 +112,8 @@ def test_the_error_falls_with_the_tolerance(method):
         return solution.ys[0], solution.stats.accepted
 
     ys, accepted = end(tolerances)
-    errors = np.abs(ys - oscillation(6.0, 2.0)).max(axis=-1)
+    errors = np.abs(np.asarray(ys) - oscillation(6.0, 2.0)).max(axis=-1)
+    accepted = np.asarray(accepted)
     assert (errors < 300 * tolerances).all(), errors
     assert errors[2] < errors[1] / 5 < errors[0] / 25
     assert accepted[0] < accepted[1] < accepted[2]
@@ -116,13 +127,10 @@ def test_a_linear_system_agrees_with_its_matrix_exponential():
 
 
 def test_euler_is_exactly_the_compound_interest_formula():
-    def end(theta):
-        return aj.solve(
-            lambda t, z, theta: theta * z, 0.0, 1.0, 1.0, theta, solver=aj.Euler(), controller=aj.FixedSteps(100)
-        ).ys[0]
-
-    assert end(1.0) == pytest.approx((1 + 1 / 100) ** 100, rel=1e-13)
-    assert round(float(end(1.0)), 4) == 2.7048
+    options = {"solver": aj.Euler(), "controller": aj.FixedSteps(100)}
+    end = aj.solve(lambda t, z, theta: theta * z, 0.0, 1.0, 1.0, 1.0, **options).ys[0]
+    assert end == pytest.approx((1 + 1 / 100) ** 100, rel=1e-13)
+    assert round(float(end), 4) == 2.7048
     matrix, y0 = np.array([[0.0, 1.0], [-2.0, -0.3]]), np.array([1.0, 0.5])
     y1 = aj.solve(
         lambda t, z, a: a @ z, 0.0, 2.0, y0, matrix, solver=aj.Euler(), controller=aj.ConstantStepSize(dt=0.1)
@@ -188,7 +196,7 @@ def saved():
             aj.SaveAt(steps=True, fn=lambda t, y, omega: t * y),
         ),
     }
-    return aj.solve(oscillator, 0.0, 5.0, START, 1.0, controller=TIGHT, saveat=saveat, max_steps=300)
+    return fetched(aj.solve(oscillator, 0.0, 5.0, START, 1.0, controller=TIGHT, saveat=saveat, max_steps=300))
 
 
 @pytest.mark.parametrize(("kind", "ts"), [("t0", [0.0]), ("t1", [5.0]), ("ts", INNER), ("all", [0.0, 0.3, 0.3, 5.0])])
@@ -215,16 +223,17 @@ def test_dense_output_covers_the_interval_and_nothing_else(saved):
     assert saved.ts["dense"] is None
     assert saved.ys["dense"] is None
     ts = np.linspace(0.0, 5.0, 57)
-    np.testing.assert_allclose(saved.evaluate(ts), oscillation(ts), atol=1e-7)
-    np.testing.assert_allclose(saved.evaluate(INNER), saved.ys["ts"], rtol=1e-13, atol=1e-15)
-    np.testing.assert_array_equal(saved.evaluate(0.0), START)
-    np.testing.assert_allclose(saved.evaluate(5.0), saved.ys["t1"][0], rtol=1e-13)
-    assert saved.evaluate(ts.reshape(19, 3)).shape == (19, 3, 2)
-    assert np.isnan(saved.evaluate(np.array([-0.1, 5.1, np.nextafter(5.0, 6.0), -1e-300, np.nan]))).all()
-    count = int(saved.stats.accepted)
-    np.testing.assert_allclose(
-        saved.evaluate(saved.ts["steps"][: count + 1]), saved.ys["steps"][: count + 1], rtol=1e-12, atol=1e-14
+    outside = np.array([-0.1, 5.1, np.nextafter(5.0, 6.0), -1e-300, np.nan])
+    table, inner, start, end, nothing, steps = evaluated(
+        saved, (ts.reshape(19, 3), INNER, 0.0, 5.0, outside, saved.ts["steps"])
     )
+    assert table.shape == (19, 3, 2)
+    np.testing.assert_allclose(np.reshape(table, (57, 2)), oscillation(ts), atol=1e-7)
+    np.testing.assert_allclose(inner, saved.ys["ts"], rtol=1e-13, atol=1e-15)
+    np.testing.assert_array_equal(start, START)
+    np.testing.assert_allclose(end, saved.ys["t1"][0], rtol=1e-13)
+    assert np.isnan(nothing).all()
+    np.testing.assert_allclose(steps, saved.ys["steps"], rtol=1e-12, atol=1e-14)  # NaN where there are no steps
 
 
 def test_fn_is_applied_to_every_kind_of_row(saved):
@@ -302,11 +311,11 @@ def test_pytree_states_keep_their_structure_shapes_and_dtypes():
     ts = np.array([0.0, 0.7, 2.0])
     saveat = (aj.SaveAt(ts), aj.SaveAt(steps=True), aj.SaveAt(dense=True), aj.SaveAt(t1=True))
     solution = aj.solve(field, 0.0, 2.0, y0, rates, controller=aj.PIDController(1e-6, 1e-8), saveat=saveat, max_steps=500)
-    rows, steps, _, end = solution.ys
-    evaluated = solution.evaluate(0.7)
+    rows, steps, _, end = fetched(solution.ys)
+    (at_one_time,) = evaluated(solution, (0.7,))
     assert jax.tree.structure(rows) == jax.tree.structure(y0)
     for rate, start, row, step, last, value in zip(
-        *map(jax.tree.leaves, (rates, y0, rows, steps, end, evaluated)), strict=True
+        *map(jax.tree.leaves, (rates, y0, rows, steps, end, at_one_time)), strict=True
     ):
         start = np.asarray(start)
         assert row.dtype == step.dtype == last.dtype == value.dtype == start.dtype
@@ -335,7 +344,7 @@ def test_a_complex_state_rotates():
     ts = np.linspace(0.0, 3.0, 7)
     ys = aj.odeint(lambda t, y, rate: rate * y, y0, ts, np.array([1.0j, -0.5 + 2.0j]), rtol=1e-9, atol=1e-11)
     np.testing.assert_allclose(ys, y0 * np.exp(ts[:, None] * np.array([1.0j, -0.5 + 2.0j])), atol=1e-7)
-    single = aj.solve(lambda t, y, args: 1j * y, 0.0, 1.0, np.complex64(1.0)).ys
+    single = np.asarray(aj.solve(lambda t, y, args: 1j * y, 0.0, 1.0, np.complex64(1.0)).ys)
     assert single.dtype == np.complex64
     np.testing.assert_allclose(single[0], np.exp(1j), atol=1e-4)
 
@@ -348,21 +357,23 @@ def test_a_real_field_may_drive_a_complex_state():
 # Dtypes
 
 
+SEEN = set()
+
+
+def dtype_noting_oscillator(t, y, omega):
+    SEEN.add(y.dtype)
+    return oscillator(t, y, omega) + 0 * t  # float64 where time is
+
+
 @pytest.mark.parametrize("time", [float, np.float64, np.float32], ids=["python", "float64", "float32"])
 def test_a_float32_state_stays_float32(time):
     y0 = np.array([1.0, 0.0], np.float32)
-    seen = []
-
-    def field(t, y, omega):
-        seen.append(y.dtype)
-        return oscillator(t, y, omega) + 0 * t  # float64 where time is
-
     ts = [time(0.5), time(1.0)] if time is float else np.array([0.5, 1.0], time)
     saveat = (aj.SaveAt(ts), aj.SaveAt(steps=True), aj.SaveAt(dense=True), aj.SaveAt(t1=True))
-    solution = aj.solve(field, time(0.0), time(1.0), y0, 1.0, saveat=saveat, max_steps=40)
-    assert set(seen) == {np.dtype(np.float32)}
+    solution = aj.solve(dtype_noting_oscillator, time(0.0), time(1.0), y0, 1.0, saveat=saveat, max_steps=40)
+    assert {np.dtype(np.float32)} == SEEN
     assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(solution.ys))
-    assert solution.evaluate(0.5).dtype == np.float32
+    assert jax.eval_shape(solution.evaluate, 0.5).dtype == np.float32
     expected = np.float32 if time is np.float32 else np.float64
     assert solution.t_end.dtype == expected
     assert all(leaf.dtype == expected for leaf in jax.tree.leaves(solution.ts))
@@ -375,14 +386,16 @@ def test_a_float64_state_may_run_on_float32_times():
     np.testing.assert_allclose(solution.ys[0], oscillation(1.0), atol=1e-6)
 
 
+def exponential(t, y, rate):
+    return -rate * y
+
+
 @pytest.mark.parametrize("scale", [1e8, 1e-12])
 @pytest.mark.parametrize("time", [np.float64, np.float32], ids=lambda dtype: dtype.__name__)
 @pytest.mark.parametrize("state", [np.float64, np.float32], ids=lambda dtype: dtype.__name__)
 def test_long_and_tiny_time_scales(scale, time, state):
     saveat = aj.SaveAt(np.array([0.25, 0.5, 1.0], time) * time(scale))
-    solution = aj.solve(
-        lambda t, y, rate: -rate * y, time(0.0), time(scale), state(1.0), state(2 / scale), saveat=saveat, throw=False
-    )
+    solution = aj.solve(exponential, time(0.0), time(scale), state(1.0), state(2 / scale), saveat=saveat, throw=False)
     assert solution.status == aj.Status.SUCCESS
     np.testing.assert_allclose(solution.ys, np.exp([-0.5, -1.0, -2.0]), rtol=3e-5)
     assert solution.stats.steps < 40
@@ -430,18 +443,19 @@ def test_backward_integration_undoes_forward_integration(controller):
 
     @jax.jit
     def run(t0, t1, y0):
-        saveat = (aj.SaveAt(t1=True), aj.SaveAt(jnp.linspace(t0, t1, 5)), aj.SaveAt(steps=True), aj.SaveAt(dense=True))
+        ts = jnp.linspace(t0, t1, 5)
+        saveat = (aj.SaveAt(t1=True), aj.SaveAt(ts), aj.SaveAt(steps=True), aj.SaveAt(dense=True))
         solution = aj.solve(pendulum, t0, t1, y0, solver=aj.Vern7(), controller=controller, saveat=saveat, max_steps=200)
-        return solution.ys, solution.ts, solution.evaluate(jnp.linspace(t0, t1, 5)), solution.stats
+        return solution.ys, solution.ts, solution.evaluate(ts), solution.stats
 
     def rhs(t, y):
         return [y[1], np.sin(t) - np.sin(y[0])]
 
     times = np.linspace(1.0, 4.0, 5)
     reference = scipy.integrate.solve_ivp(rhs, (1.0, 4.0), START, "DOP853", times, rtol=1e-12, atol=1e-12).y.T
-    (end, rows, _, _), *_ = run(1.0, 4.0, START)
+    (end, rows, _, _), *_ = fetched(run(1.0, 4.0, START))
     np.testing.assert_allclose(rows, reference, atol=1e-8)
-    (back, rows, steps, _), (_, _, times, _), dense, stats = run(4.0, 1.0, end[0])
+    (back, rows, steps, _), (_, _, times, _), dense, stats = fetched(run(4.0, 1.0, end[0]))
     np.testing.assert_allclose(back[0], START, atol=1e-8)
     np.testing.assert_allclose(rows, reference[::-1], atol=1e-8)
     np.testing.assert_allclose(dense, reference[::-1], atol=1e-8)
@@ -461,8 +475,9 @@ def test_an_interval_of_no_length_returns_y0(controller):
     assert solution.t_end == 2.0
     np.testing.assert_array_equal(solution.ys[0], START[None])
     np.testing.assert_array_equal(solution.ys[1], np.stack([START] * 3))
-    np.testing.assert_array_equal(solution.evaluate(2.0), START)
-    assert np.isnan(solution.evaluate(2.1)).all()
+    at_2, behind = evaluated(solution, (2.0, 2.1))
+    np.testing.assert_array_equal(at_2, START)
+    assert np.isnan(behind).all()
 
 
 # Controllers
@@ -477,7 +492,7 @@ def test_tolerances_may_be_pytrees():
     y0 = {"fast": START, "slow": np.array([1.0])}
 
     def run(rtol, atol):
-        solution = aj.solve(field, 0.0, 1.0, y0, controller=aj.PIDController(rtol, atol), saveat=aj.SaveAt(t1=True))
+        solution = fetched(aj.solve(field, 0.0, 1.0, y0, controller=aj.PIDController(rtol, atol)))
         return solution.stats.accepted, abs(solution.ys["fast"][0, 0] - np.cos(10.0))
 
     tight, tight_error = run(1e-8, 1e-10)
@@ -493,9 +508,10 @@ def test_tolerances_may_be_pytrees():
         run({"fast": 1e-8}, 1e-10)
 
 
-def step_sizes(solution):
-    times = np.asarray(solution.ts)[: int(solution.stats.accepted) + 1]
-    return np.diff(times)
+def solved_steps(*arguments, **options):
+    """The solution with a row for each step, and the step sizes."""
+    solution = fetched(aj.solve(*arguments, saveat=STEPS, **options))
+    return solution, np.diff(solution.ts[: solution.stats.accepted + 1])
 
 
 STEPS = aj.SaveAt(t0=True, steps=True)
@@ -503,21 +519,21 @@ STEPS = aj.SaveAt(t0=True, steps=True)
 
 def test_dtmax_bounds_every_step():
     controller = aj.PIDController(rtol=1e-2, atol=1e-2, dtmax=0.21)
-    solution = aj.solve(oscillator, 0.0, 5.0, START, 0.3, controller=controller, saveat=STEPS)
-    assert step_sizes(solution).max() <= 0.21 * 1.0011  # the documented stretch of a step that would end just before t1
+    solution, sizes = solved_steps(oscillator, 0.0, 5.0, START, 0.3, controller=controller)
+    assert sizes.max() <= 0.21 * 1.0011  # the documented stretch of a step that would end just before t1
     assert solution.stats.accepted >= 24
-    unbounded = aj.solve(oscillator, 0.0, 5.0, START, 0.3, controller=aj.PIDController(1e-2, 1e-2), saveat=STEPS)
-    assert step_sizes(unbounded).max() > 0.5
+    _, unbounded = solved_steps(oscillator, 0.0, 5.0, START, 0.3, controller=aj.PIDController(1e-2, 1e-2))
+    assert unbounded.max() > 0.5
 
 
 def test_dt0_is_the_first_step():
     for dt0, t1 in ((1e-3, 2.0), (1e-3, -2.0), (0.01, 2.0)):
-        solution = aj.solve(oscillator, 0.0, t1, START, 1.0, dt0=dt0, saveat=STEPS)
-        assert abs(step_sizes(solution)[0]) == pytest.approx(dt0)
-        np.testing.assert_allclose(solution.ys[int(solution.stats.accepted)], oscillation(t1), atol=1e-3)
-    too_large = aj.solve(oscillator, 0.0, 20.0, START, 1.0, dt0=15.0, saveat=STEPS)
+        solution, sizes = solved_steps(oscillator, 0.0, t1, START, 1.0, dt0=dt0)
+        assert abs(sizes[0]) == pytest.approx(dt0)
+        np.testing.assert_allclose(solution.ys[solution.stats.accepted], oscillation(t1), atol=1e-3)
+    too_large, _ = solved_steps(oscillator, 0.0, 20.0, START, 1.0, dt0=15.0)
     assert too_large.stats.rejected > 0
-    np.testing.assert_allclose(too_large.ys[int(too_large.stats.accepted)], oscillation(20.0), atol=1e-2)
+    np.testing.assert_allclose(too_large.ys[too_large.stats.accepted], oscillation(20.0), atol=1e-2)
 
 
 def test_a_custom_norm_decides():
@@ -547,7 +563,7 @@ def test_the_default_norm_is_the_root_mean_square():
 def test_pid_coefficients_and_limits_are_heeded():
     """Growth from a tiny first step is factor_max a step; shrinking from a huge one factor_min."""
     controller = aj.PIDController(1e-6, 1e-8, factor_max=3.0)
-    sizes = step_sizes(aj.solve(oscillator, 0.0, 2.0, START, 1.0, controller=controller, dt0=1e-6, saveat=STEPS))
+    _, sizes = solved_steps(oscillator, 0.0, 2.0, START, 1.0, controller=controller, dt0=1e-6)
     np.testing.assert_allclose(sizes[1:6] / sizes[:5], 3.0, rtol=1e-6)
     # An integral controller (P = D = 0) with r its error ratio: factor = safety * r^(-icoeff / (order + 1)).
     counts = [
@@ -558,16 +574,18 @@ def test_pid_coefficients_and_limits_are_heeded():
 
 
 SWITCHES = np.array([0.7, 2.0])
+SIDES = {"right": np.array(True), "left": np.array(False)}
+each_side = pytest.mark.parametrize("right", SIDES.values(), ids=SIDES)
 
 
-def switched(sides):
-    """A forcing that jumps up at 0.7 and down at 2; `sides` tells which value it has at the jump itself."""
+def switched(t, y, right):
+    """A forcing that jumps up at 0.7 and down at 2; `right` tells which value it has at the jump itself."""
+    after = (t > SWITCHES) | (right & (t == SWITCHES))
+    return -y + jnp.where(after[0] & ~after[1], 3.0, 0.0)
 
-    def field(t, y, args):
-        after = (lambda time: t >= time) if sides == "right" else (lambda time: t > time)
-        return -y + jnp.where(after(0.7) & ~after(2.0), 3.0, 0.0)
 
-    return field
+def only_switched(t, y, right):
+    return switched(t, 0 * y, right)
 
 
 def switched_solution(t):
@@ -577,16 +595,16 @@ def switched_solution(t):
     return np.where(t < 0.7, np.exp(-t), np.where(t < 2.0, on, at_2 * np.exp(-(t - 2.0))))
 
 
-@pytest.mark.parametrize("sides", ["right", "left"])
+@each_side
 @pytest.mark.parametrize("solver", [aj.Tsit5(), aj.Heun(), aj.Vern7()], ids=lambda solver: type(solver).__name__)
-def test_jumps_are_stepped_onto_and_seen_from_both_sides(solver, sides):
+def test_jumps_are_stepped_onto_and_seen_from_both_sides(solver, right):
     ts = np.array([0.3, 0.7, 1.1, 2.0, 2.7, 3.0])
     tolerance = 1e-6 if solver.order == 2 else 1e-9
     saveat = (aj.SaveAt(ts), STEPS)
 
     def run(**options):
         controller = aj.PIDController(tolerance, tolerance, **options)
-        return aj.solve(switched(sides), 0.0, 3.0, 1.0, solver=solver, controller=controller, saveat=saveat, max_steps=8000)
+        return aj.solve(switched, 0.0, 3.0, 1.0, right, solver=solver, controller=controller, saveat=saveat, max_steps=8000)
 
     solution, blind = run(jump_ts=SWITCHES[::-1]), run()
     assert set(SWITCHES) <= set(np.asarray(solution.ts[1]))
@@ -598,22 +616,16 @@ def test_jumps_are_stepped_onto_and_seen_from_both_sides(solver, sides):
 
 def test_jump_times_may_be_a_list():
     controller = aj.PIDController(1e-9, 1e-9, jump_ts=[0.7, 2.0])
-    solution = aj.solve(
-        lambda t, y, a: switched("right")(t, 0 * y, a), 0.0, 3.0, 0.0, solver=aj.Heun(), controller=controller
-    )
+    solution = aj.solve(only_switched, 0.0, 3.0, 0.0, SIDES["right"], solver=aj.Heun(), controller=controller)
     assert solution.ys[0] == pytest.approx(3.9, abs=1e-12)
 
 
-@pytest.mark.parametrize("sides", ["right", "left"])
-def test_a_jump_is_no_reason_for_small_steps(sides):
+@each_side
+def test_a_jump_is_no_reason_for_small_steps(right):
     """y' = 0, then 3, then 0: exact for any method that never mixes the two sides, however large the step."""
-
-    def field(t, y, args):
-        return switched(sides)(t, jnp.zeros_like(y), args)
-
     for t0, t1, exact in ((0.0, 3.0, 3.9), (3.0, 0.0, -3.9), (0.7, 2.0, 3.9), (2.0, 0.7, -3.9), (2.0, 3.0, 0.0)):
         controller = aj.PIDController(1e-9, 1e-9, jump_ts=SWITCHES)
-        solution = aj.solve(field, t0, t1, 0.0, controller=controller, dt0=5.0)
+        solution = aj.solve(only_switched, t0, t1, 0.0, right, controller=controller, dt0=5.0)
         assert solution.ys[0] == pytest.approx(exact, abs=1e-12)
         assert solution.stats.rejected == 0
         assert solution.stats.accepted == {3.0: 3}.get(abs(t1 - t0), 1)
@@ -621,7 +633,7 @@ def test_a_jump_is_no_reason_for_small_steps(sides):
 
 def test_constant_steps_stop_at_jumps_too():
     controller = aj.ConstantStepSize(0.5, jump_ts=SWITCHES)
-    solution = aj.solve(lambda t, y, a: switched("right")(t, 0 * y, a), 0.0, 3.0, 0.0, controller=controller, saveat=STEPS)
+    solution = fetched(aj.solve(only_switched, 0.0, 3.0, 0.0, SIDES["right"], controller=controller, saveat=STEPS))
     count = int(solution.stats.accepted) + 1
     np.testing.assert_allclose(solution.ts[:count], [0.0, 0.5, 0.7, 1.2, 1.7, 2.0, 2.5, 3.0], atol=1e-14)
     assert solution.ys[count - 1] == pytest.approx(3.9, abs=1e-12)
@@ -632,7 +644,9 @@ def test_constant_steps_end_with_a_shorter_one():
         return y
 
     controller = aj.ConstantStepSize(dt=0.3)
-    solution = aj.solve(growth, 0.0, 1.0, 1.0, solver=aj.Euler(), controller=controller, saveat=STEPS, max_steps=10)
+    solution = fetched(
+        aj.solve(growth, 0.0, 1.0, 1.0, solver=aj.Euler(), controller=controller, saveat=STEPS, max_steps=10)
+    )
     np.testing.assert_allclose(solution.ts[:5], [0.0, 0.3, 0.6, 0.9, 1.0], atol=1e-14)
     assert solution.ys[4] == pytest.approx(1.3**3 * 1.1, rel=1e-13)
     assert np.isnan(solution.ts[5:]).all()

@@ -81,7 +81,7 @@ def assert_close(actual, expected):
 
 
 def lane_of(tree, lane):
-    return jax.tree.map(lambda leaf: leaf[lane], tree)
+    return jax.tree.map(lambda leaf: np.asarray(leaf)[lane], tree)
 
 
 @pytest.mark.parametrize("names", [("y0",), ("mu",), ("t0", "t1"), ("ts",), ("rtol",)], ids="-".join)
@@ -109,7 +109,8 @@ def test_lanes_of_every_controller_equal_single_solves(single, controller):
 
 
 def end(y0, mu, t1):
-    return aj.solve(field, 0.0, t1, y0, mu, solver=aj.Vern7(), controller=aj.PIDController(1e-8, 1e-8)).ys[0]
+    """By a method whose steps start with a slope of their own, unlike those of the tests above."""
+    return aj.solve(field, 0.0, t1, y0, mu, solver=aj.Heun(), controller=aj.PIDController(1e-5, 1e-5)).ys[0]
 
 
 def test_lanes_may_run_in_opposite_directions_and_not_at_all():
