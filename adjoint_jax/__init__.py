@@ -1,5 +1,6 @@
 """Differentiable ODE solvers for JAX: one contract, a family of adjoints."""
 
+from adjoint_jax import diagnostics
 from adjoint_jax.adjoints.backsolve import BacksolveAdjoint
 from adjoint_jax.adjoints.discrete import DiscreteAdjoint
 from adjoint_jax.adjoints.forward_mode import ForwardMode
@@ -47,6 +48,7 @@ __all__ = [
     "StepTo",
     "Tsit5",
     "Vern7",
+    "diagnostics",
     "odeint",
     "rms_norm",
     "solve",

@@ -23,6 +23,7 @@ ROOMS = (
     "integrate",
     "adjoints",
     "solve",
+    "diagnostics",
     "__init__",
 )
 """Modules and sub-packages, from the top: each imports from its own sub-package and from what stands above it."""
