@@ -237,16 +237,16 @@ def _check_arguments(
     if running_cost is not None and not callable(running_cost):
         raise TypeError(f"running_cost must be callable as running_cost(t, y, args), got {running_cost!r}.")
     expected = (
-        ("solver", solver, AbstractSolver, "such as Tsit5()"),
-        ("controller", controller, AbstractController, "such as PIDController(rtol=1e-6, atol=1e-8)"),
-        ("adjoint", adjoint, AbstractAdjoint, "such as DiscreteAdjoint()"),
-        *(("saveat", save, SaveAt, "or a pytree of them, such as SaveAt(ts)") for save in saveats),
+        ("solver", solver, AbstractSolver, "a method such as Tsit5(), or ExplicitRungeKutta(tableau)"),
+        ("controller", controller, AbstractController, "a controller such as PIDController(rtol=1e-6, atol=1e-8)"),
+        ("adjoint", adjoint, AbstractAdjoint, "an adjoint such as DiscreteAdjoint()"),
+        *(("saveat", save, SaveAt, "a SaveAt or a pytree of them, such as SaveAt(ts)") for save in saveats),
     )
-    for name, value, kind, example in expected:
+    for name, value, kind, description in expected:
         if isinstance(value, type):
             raise TypeError(f"{name} must be an instance, got the class {value.__name__}: write {value.__name__}(...).")
         if not isinstance(value, kind):
-            raise TypeError(f"{name} must be a {kind.__name__} {example}, got {value!r}.")
+            raise TypeError(f"{name} must be {description}, got {value!r}.")
     if not isinstance(max_steps, int | np.integer) or max_steps < 1:
         raise ValueError(f"max_steps must be a positive Python integer (it is static), got {max_steps!r}.")
 

@@ -289,14 +289,19 @@ def test_max_steps_reached_gives_nan(adjoint):
     assert np.isnan(theta)
 
 
-def test_reverse_integration_that_fails_gives_nan():
-    """The state is unstable backward, and the reverse solve has no steps left: NaN, not the gradient as far as it came."""
+@pytest.mark.parametrize("throw", [True, False])
+def test_reverse_integration_that_fails(throw):
+    """The reverse solve has no steps left: an error, or NaN; not the gradient as far as it came."""
 
     def loss(y0):
         adjoint = aj.BacksolveAdjoint(controller=aj.PIDController(rtol=1e-13, atol=1e-13))
-        return jnp.sum(aj.solve(decay, 0.0, 30.0, y0, 1.0, adjoint=adjoint, max_steps=64).ys)
+        return jnp.sum(aj.solve(decay, 0.0, 30.0, y0, 1.0, adjoint=adjoint, max_steps=64, throw=throw).ys)
 
-    assert np.isnan(gradient(loss, np.array([2.0]))[0])
+    if throw:
+        with pytest.raises(Exception, match="MAX_STEPS_REACHED at t = .* in the reverse integration"):
+            gradient(loss, np.array([2.0]))
+    else:
+        assert np.isnan(gradient(loss, np.array([2.0]))[0])
 
 
 @both

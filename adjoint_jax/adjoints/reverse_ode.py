@@ -69,7 +69,7 @@ class AbstractReverseSystem(eqx.Module):
 
     def integral(self, nodes: Nodes) -> Parameters:
         """dJ/dparameters from some steps, whose weights are negative: one vjp for all nodes."""
-        times, states, weights = tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[nodes.times.ndim :]), nodes)
+        times, states, weights = nodes.flattened()
         ys, cotangents = jax.vmap(self.adjoint)(times, states)
         weighted = jax.vmap(lambda weight, a: tree.scale(-weight, Rates(a, self.cost)))(weights, cotangents)
 

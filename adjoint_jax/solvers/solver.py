@@ -1,6 +1,7 @@
 """What a method is: one step, its dense output, its quadrature, and the transpose of all that."""
 
 import abc
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -46,6 +47,11 @@ class Nodes(NamedTuple):
     times: Float[Array, "*steps nodes"]
     states: Arrays
     weights: Float[Array, "*steps nodes"]
+
+    def flattened(self) -> "Nodes":
+        """Nodes of many steps as those of one."""
+        shape = self.times.shape
+        return tree.map(lambda leaf: leaf.reshape(math.prod(shape), *leaf.shape[len(shape) :]), self)
 
 
 class AbstractSolver(eqx.Module):
@@ -150,6 +156,6 @@ def cost_of(problem: Problem, nodes: Nodes) -> Arrays:
     Nodes of no weight count as nothing, whatever the cost there."""
     if problem.running_cost is None:
         return ()
-    flat = tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[nodes.times.ndim :]), nodes)
-    rates = jax.vmap(problem.rates)(flat.times, flat.states).cost
-    return tree.contract(flat.weights, tree.keep_rows(flat.weights != 0, rates))
+    times, states, weights = nodes.flattened()
+    rates = jax.vmap(problem.rates)(times, states).cost
+    return tree.contract(weights, tree.keep_rows(weights != 0, rates))
