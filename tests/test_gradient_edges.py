@@ -298,7 +298,7 @@ def test_reverse_integration_that_fails(throw):
         return jnp.sum(aj.solve(decay, 0.0, 30.0, y0, 1.0, adjoint=adjoint, max_steps=64, throw=throw).ys)
 
     if throw:
-        with pytest.raises(Exception, match="MAX_STEPS_REACHED at t = .* in the reverse integration"):
+        with pytest.raises(Exception, match=r"MAX_STEPS_REACHED at t = .* in the reverse integration"):
             gradient(loss, np.array([2.0]))
     else:
         assert np.isnan(gradient(loss, np.array([2.0]))[0])
