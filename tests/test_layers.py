@@ -12,6 +12,7 @@ PACKAGE = pathlib.Path(__file__).parent.parent / "adjoint_jax"
 ROOMS = (
     "lanes",
     "tree",
+    "forward_only",
     "problem",
     "interpolation",
     "solvers",

@@ -35,6 +35,7 @@ from adjoint_jax.adjoints.adjoint import (
 from adjoint_jax.adjoints.reverse_ode import Observations
 from adjoint_jax.adjoints.trail import Way
 from adjoint_jax.errors import raise_on_reverse_failure
+from adjoint_jax.forward_only import gradient_once
 from adjoint_jax.integrate import Integrator, Report
 from adjoint_jax.lanes import max_lane
 from adjoint_jax.problem import Parameters, Problem
@@ -151,7 +152,7 @@ def _backward(
         for rows, wanted, ys, row in all_rows
     ]
     requested = Requests(tuple(Rows(t, None) for t in ts), inputs.requests.states, inputs.requests.dense)
-    return Inputs(problem_cotangent(inputs.problem, parameters, a0, ends), requested)
+    return gradient_once(Inputs(problem_cotangent(inputs.problem, parameters, a0, ends), requested))
 
 
 class _Asked:

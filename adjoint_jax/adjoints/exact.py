@@ -31,6 +31,7 @@ from adjoint_jax.adjoints.adjoint import (
 )
 from adjoint_jax.adjoints.rows import Pulled, RowPull, Steps, pull_row
 from adjoint_jax.adjoints.trail import AbstractTrail, Segment, Way
+from adjoint_jax.forward_only import gradient_once
 from adjoint_jax.integrate import Integrator, Report
 from adjoint_jax.problem import Parameters, Problem
 from adjoint_jax.recorders import AbstractRecorder, RowRecorder
@@ -117,7 +118,7 @@ def _backward(
         rows.append(Rows(ts, pulled.fn))
         parameters = parameters._replace(args=tree.add(parameters.args, pulled.args))
     requested = Requests(tuple(rows), requests.states, requests.dense)
-    return Inputs(problem_cotangent(inputs.problem, parameters, a0, ends), requested)
+    return gradient_once(Inputs(problem_cotangent(inputs.problem, parameters, a0, ends), requested))
 
 
 class _Swept(NamedTuple):

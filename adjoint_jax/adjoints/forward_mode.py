@@ -8,6 +8,7 @@ from jaxtyping import Array, Bool
 
 from adjoint_jax import tree
 from adjoint_jax.adjoints.adjoint import AbstractAdjoint, Inputs, Saved, integrate, observed_rows, without_observables
+from adjoint_jax.forward_only import forward_only
 from adjoint_jax.integrate import Integrator, Report
 from adjoint_jax.problem import Problem
 from adjoint_jax.saveat import Requests, Rows
@@ -21,8 +22,8 @@ class ForwardMode(AbstractAdjoint):
     Exact for the computed solution, with step sizes as constants of the derivative; derivatives with respect to t0, t1 and
     `ts` are those of the flow, f at that time. The error estimate does not look at sensitivities.
 
-    Memory: O(1) in the number of steps. Reverse mode through it fails (JAX's loops with a data-dependent length have none):
-    use `DiscreteAdjoint`, through which `jax.jvp(jax.grad(loss), ...)` works.
+    Memory: O(1) in the number of steps. Reverse mode through it raises `RuntimeError`: use `DiscreteAdjoint`, through which
+    `jax.jvp(jax.grad(loss), ...)` works.
     """
 
     def solve(
@@ -40,11 +41,15 @@ class ForwardMode(AbstractAdjoint):
         saved, report = integrate(Inputs(moved, still), integrator, valid)
         at_t1 = problem.rates(ends.last, saved.y1)
         ys = [_carried_rows(moved, *pair) for pair in zip(requests.rows, saved.rows, strict=True)]
-        return saved._replace(
+        differentiated = saved._replace(
             y1=_carried(saved.y1, at_t1.y, problem.t1),
             cost=_carried(_carried(saved.cost, at_t1.cost, problem.t1), at_t0.cost, backward),
             rows=observed_rows(requests, problem, tuple(ys), report),
-        ), report
+        )
+        return forward_only(differentiated, _REMEDY), report
+
+
+_REMEDY = "ForwardMode() has no reverse mode (jax.grad, jax.vjp, jax.jacrev): use DiscreteAdjoint() for it."
 
 
 @jax.custom_jvp
