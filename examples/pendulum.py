@@ -142,7 +142,7 @@ def optimise(adjoint: Any, steps: int) -> tuple[Knots, Progress]:
     start = 0.1 * jnp.sin(jnp.linspace(0.0, T, INTERVALS + 1))
     progress = Progress(np.zeros(0), [], [])
     record(0, start)
-    optimizer = optax.chain(optax.adam(optax.cosine_decay_schedule(1e-2, steps, alpha=0.02), eps=3e-2), within_limits())
+    optimizer = optax.chain(optax.adam(optax.cosine_decay_schedule(1e-2, steps, alpha=0.1), eps=1e-1), within_limits())
     knots, costs = train(lambda k, _: total_cost(k, adjoint), start, optimizer, steps, label="torque", after_chunk=record)
     return knots, progress._replace(costs=costs)
 
@@ -235,7 +235,7 @@ def main() -> None:
     arguments = parse_arguments("Swing up a pendulum by the least torque.", list(ADJOINTS))
     plt.rcParams.update(STYLE)
     adjoint = ADJOINTS[arguments.adjoint]
-    knots, progress = optimise(adjoint, steps=1000 if arguments.short else 4000)
+    knots, progress = optimise(adjoint, steps=1000 if arguments.short else 6000)
     swung = with_costate(knots)
     report(knots, swung, progress, adjoint)
     path = arguments.output / "pendulum.png"

@@ -4,7 +4,7 @@ Forty noisy observations of both species of a Lotka-Volterra cycle, made from kn
 are fitted by least squares from a start that is wrong by about a third. Three optimisers descend the same loss:
 
 - Levenberg-Marquardt: the Jacobian J of the residuals by `jax.jacfwd` through `ForwardMode()`, steps by J'J + damping.
-- Newton-CG: Hessian-vector products, `jax.linearize` of its gradient through `DiscreteAdjoint()`, in conjugate gradients.
+- Newton-CG: Hessian-vector products in conjugate gradients, by `jax.linearize` of `jax.grad` through `DiscreteAdjoint()`.
 - Adam, with the gradient of `DiscreteAdjoint()`.
 
 The first two reach the minimum to rounding in about ten steps, Adam in a thousand. At the minimum, noise^2 (J'J)^-1 is the
