@@ -1,7 +1,7 @@
 """What the examples share: a training loop and a plotting style."""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,11 +34,14 @@ STYLE = {
 }
 
 
-def parse_arguments(description: str | None) -> argparse.Namespace:
-    """The options of every example: `--short` and `--output DIR`, which is created."""
+def parse_arguments(description: str | None, adjoints: Sequence[str] = ()) -> argparse.Namespace:
+    """The options of every example: `--short` and `--output DIR`, which is created; and `--adjoint`, one of the given
+    names, the first by default."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--short", action="store_true", help="a few seconds of training, to see that everything runs")
     parser.add_argument("--output", type=Path, default=Path("examples/output"), help="where the plot goes")
+    if adjoints:
+        parser.add_argument("--adjoint", choices=adjoints, default=adjoints[0], help="what computes the gradient")
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
     return arguments
