@@ -5,6 +5,7 @@ from adjoint_jax.adjoints.backsolve import BacksolveAdjoint
 from adjoint_jax.adjoints.discrete import DiscreteAdjoint
 from adjoint_jax.adjoints.forward_mode import ForwardMode
 from adjoint_jax.adjoints.interpolating import GaussAdjoint, InterpolatingAdjoint
+from adjoint_jax.adjoints.keep import KeepLinearisations, KeepStages, KeepStates
 from adjoint_jax.adjoints.reversible import ReversibleAdjoint
 from adjoint_jax.controllers.grids import FixedSteps, StepTo
 from adjoint_jax.controllers.step_sizes import ConstantStepSize, PIDController, rms_norm
@@ -34,6 +35,9 @@ __all__ = [
     "GaussAdjoint",
     "Heun",
     "InterpolatingAdjoint",
+    "KeepLinearisations",
+    "KeepStages",
+    "KeepStates",
     "Midpoint",
     "PIDController",
     "Ralston",

@@ -1,8 +1,8 @@
 """Values that have derivatives in forward mode alone.
 
-Loops with a data-dependent length have no reverse mode, and JAX's error says so without a remedy. Whether something will be
-differentiated in reverse is known only when JAX transposes it, so that the error must come from a primitive's transpose rule;
-public JAX has no such identity, `equinox.internal` has. This is the only file that uses it.
+Loops with a data-dependent length have no reverse mode, and JAX's error says so without a remedy. Whether something will
+be differentiated in reverse is known only when JAX transposes it, so that the error must come from a primitive's transpose
+rule; public JAX has no such identity, `equinox.internal` has. This is the only file that uses it.
 """
 
 from typing import TypeVar

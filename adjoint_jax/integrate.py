@@ -125,7 +125,7 @@ class _SteppingLoop(NamedTuple):
         if not self.recorders:
             walk = jax.lax.while_loop(lambda w: any_lane(self._running(w)), lambda w: self._attempt(w)[0], walk)
             return Outcome(walk.state, (), self._report(walk, zero))
-        blank = self._notes(self.solver.blank_step(walk.t, walk.state), jnp.array(False))
+        blank = self._blank_notes(walk)
         layout = self._layout(blank)
         records = tuple(recorder.start(self.problem, layout) for recorder in self.recorders)
 
@@ -184,7 +184,7 @@ class _SteppingLoop(NamedTuple):
 
     def _fill_chunk(self, progress: _Progress, slots: int) -> _Progress:
         walk = progress.walk
-        blank = self._notes(self.solver.blank_step(walk.t, walk.state), jnp.array(False))
+        blank = self._blank_notes(walk)
         empty = tree.map(lambda leaf: jnp.broadcast_to(leaf, (slots, *leaf.shape)), blank)
 
         def unfilled(chunk: _Chunk) -> Bool[Array, ""]:
@@ -202,6 +202,10 @@ class _SteppingLoop(NamedTuple):
         records = tuple(recorder.write(record, place, notes) for recorder, record, notes in triples)
         place = place._replace(slot=place.slot + chunk.filled, position=place.position + chunk.filled)
         return _Progress(chunk.walk, records, place)
+
+    def _blank_notes(self, walk: _Walk) -> tuple[Any, ...]:
+        blank = self.solver.blank_step(walk.t, walk.state)
+        return tuple(recorder.blank_note(blank) for recorder in self.recorders)
 
     def _notes(self, step: Step, accepted: Bool[Array, ""]) -> tuple[Any, ...]:
         return tuple(recorder.note(step, accepted) for recorder in self.recorders)
@@ -355,7 +359,7 @@ class _GridLoop(NamedTuple):
     def _longest_segment(self) -> int:
         """A segment's notes are held twice, in a scan's output and where they are written: so they must not be large."""
         blank_step = self.solver.blank_step(self.problem.t0, self.solver.start(self.problem))
-        blank = [recorder.note(blank_step, jnp.array(False)) for recorder in self.recorders]
+        blank = [recorder.blank_note(blank_step) for recorder in self.recorders]
         fitting = max(1, GRID_SEGMENT_BYTES // max(1, tree.size_in_bytes(blank)))
         limits = [r.segment_limit for r in self.recorders] + [r.longest_chunk for r in self.recorders]
         return min([GRID_SEGMENT, fitting, *_limits(limits)])

@@ -69,6 +69,10 @@ class AbstractRecorder(eqx.Module):
     def note(self, step: Step, accepted: Bool[Array, ""]) -> Any:
         """What to keep of a step. If it was not accepted, in this lane, this stands for a step of no length."""
 
+    def blank_note(self, step: Step) -> Any:
+        """What stands for a step of no length, given one."""
+        return self.note(step, jnp.array(False))
+
     @abc.abstractmethod
     def write(self, record: Any, place: Place, notes: Any) -> Any:
         """Write the notes of some steps, along a leading axis, into the slots from `place` on. Behind the last step of an

@@ -13,6 +13,8 @@ from jaxtyping import Array, ArrayLike, Bool, DTypeLike, Float, Inexact, Int, Py
 
 Arrays = PyTree[Array]
 """A pytree whose leaves are arrays."""
+Shapes = PyTree[Array | np.ndarray | jax.ShapeDtypeStruct]
+"""A pytree whose leaves have shapes and dtypes, with or without values."""
 Scalar = Float[Array, ""]
 """A real number: a time, a step size, a norm."""
 
@@ -55,12 +57,12 @@ def keep_rows(predicate: Bool[Array, " rows"], stacked: Arrays) -> Arrays:
     return map(lambda leaf: jnp.where(predicate.reshape(-1, *[1] * (leaf.ndim - 1)), leaf, 0), stacked)
 
 
-def zeros_like(tree: Arrays) -> Arrays:
+def zeros_like(tree: Shapes) -> Arrays:
     """Zeros with the shapes and dtypes of `tree`."""
     return map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), tree)
 
 
-def buffer(length: int, like: Arrays, fill: float = 0.0) -> Arrays:
+def buffer(length: int, like: Shapes, fill: float = 0.0) -> Arrays:
     """A buffer of `length` rows, each like `like`."""
     return map(lambda leaf: jnp.full((length, *leaf.shape), fill, leaf.dtype), like)
 

@@ -1,23 +1,39 @@
 """One case in this process: all libraries compiled, then timed in turns. Prints JSON."""
 
+import functools
 import json
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.flatten_util
 import numpy as np
 
 from benchmarks.libraries import LIBRARIES
-from benchmarks.problems import Problem, loss, lotka_volterra, neural, reference
+from benchmarks.problems import Problem, Reference, loss, lotka_volterra, neural, save_times
 
-CASES: dict[str, tuple[Callable[[float], Problem], float]] = {
-    "lotka-volterra-1e-6": (lotka_volterra, 1e-6),
-    "lotka-volterra-1e-9": (lotka_volterra, 1e-9),
-    "neural-1e-4": (neural, 1e-4),
+
+class Case(NamedTuple):
+    """A problem, and what of it is timed."""
+
+    make: Callable[[], Problem]
+    kinds: tuple[str, ...] = ("forward", "gradient")
+
+
+CASES = {
+    "lotka-volterra-1e-6": Case(lambda: lotka_volterra(1e-6)),
+    "lotka-volterra-1e-9": Case(lambda: lotka_volterra(1e-9)),
+    "neural-1e-4": Case(lambda: neural(1e-4)),
+    **{
+        f"saves-{count}-to-{end:g}" + ("" if lanes is None else f"-lanes-{lanes}"): Case(
+            functools.partial(save_times, end, count, lanes), ("forward",)
+        )
+        for lanes in (None, 64)
+        for end, count in ((1.0, 2), (1.0, 1000), (100.0, 2), (100.0, 5))
+    },
 }
 TURNS = 9
 TURN_SECONDS = 0.1
@@ -59,21 +75,21 @@ def relative_error(got: Any, expected: np.ndarray) -> float:
 
 def run(case: str) -> list[dict[str, Any]]:
     """The rows of one case: each library's forward solve and gradient."""
-    make, rtol = CASES[case]
-    problem = make(rtol)
-    values, gradient = reference(problem)
+    make, kinds = CASES[case]
+    problem = make()
+    reference = Reference(problem)
     rows = []
-    for kind in ("forward", "gradient"):
+    for kind in kinds:
+        expected = reference.values() if kind == "forward" else reference.gradient()
         functions, facts, errors = {}, {}, {}
         for name, library in LIBRARIES.items():
             solve = library(problem)
             target = solve if kind == "forward" else jax.grad(lambda p, solve=solve: loss(solve(p)))
+            target = target if problem.lanes is None else jax.vmap(target)
             functions[name], facts[name] = compiled(target, problem.parameters)
             result = functions[name](problem.parameters)
-            if kind == "forward":
-                errors[name] = relative_error(result, values)
-            else:
-                errors[name] = relative_error(jax.flatten_util.ravel_pytree(result)[0], gradient)
+            got = result if kind == "forward" else jax.flatten_util.ravel_pytree(result)[0]
+            errors[name] = relative_error(got, expected)
         for name, seconds in time_in_turns(functions, problem.parameters).items():
             spread = statistics.quantiles(seconds, n=4)
             row = {"case": problem.name, "kind": kind, "library": name, "error": errors[name], **facts[name]}

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float, PyTree
 
 from adjoint_jax import tree
-from adjoint_jax.adjoints.adjoint import unknown_if
+from adjoint_jax.adjoints.adjoint import Inputs, unknown_if
 from adjoint_jax.adjoints.continuous import AbstractContinuousAdjoint, Final, Swept, preceded_by_t0
 from adjoint_jax.adjoints.reverse_ode import (
     AbstractReverseSystem,
@@ -69,9 +69,10 @@ class BacksolveAdjoint(AbstractContinuousAdjoint):
         max_drift = positive("BacksolveAdjoint(max_drift)", self.max_drift, dtype)
         return BacksolveAdjoint(self.solver, controller, self.checkpoints, max_drift)
 
-    def recorders(self, integrator: Integrator, problem: Problem) -> list[AbstractRecorder]:
+    def recorders(self, integrator: Integrator, inputs: Inputs) -> list[AbstractRecorder]:
         if self.checkpoints == 0:
             return []
+        problem = inputs.problem
         return [RowRecorder(Rows(self._checkpoint_times(problem), None), problem, integrator.solver)]
 
     def _checkpoint_times(self, problem: Problem) -> Float[Array, " checkpoints"]:

@@ -70,7 +70,7 @@ class AbstractContinuousAdjoint(AbstractAdjoint):
     """An adjoint that solves the reverse adjoint ODE as an ODE of its own."""
 
     @abc.abstractmethod
-    def recorders(self, integrator: Integrator, problem: Problem) -> list[AbstractRecorder]:
+    def recorders(self, integrator: Integrator, inputs: Inputs) -> list[AbstractRecorder]:
         """What it needs to have recorded."""
 
     def resets(self, way: Way, records: Sequence[Any]) -> list[Observations]:
@@ -117,7 +117,7 @@ def _forward(
 ) -> tuple[tuple[Saved, Report], _Residuals]:
     del perturbed, throw
     wanted = recorders(inputs, integrator)
-    outcome = integrator(inputs.problem, [*wanted, *adjoint.recorders(integrator, inputs.problem)], valid)
+    outcome = integrator(inputs.problem, [*wanted, *adjoint.recorders(integrator, inputs)], valid)
     result = saved(inputs, integrator, outcome)
     return (result, outcome.report), _Residuals(result, outcome.report, outcome.state, outcome.records[len(wanted) :])
 

@@ -2,10 +2,11 @@
 
 import equinox as eqx
 
+from adjoint_jax.adjoints.adjoint import Inputs
 from adjoint_jax.adjoints.exact import AbstractExactAdjoint
+from adjoint_jax.adjoints.keep import AbstractKeep, KeepStates
 from adjoint_jax.adjoints.tape import TapeRecorder, tape_recorder
 from adjoint_jax.integrate import Integrator
-from adjoint_jax.problem import Problem
 
 
 class DiscreteAdjoint(AbstractExactAdjoint):
@@ -23,15 +24,19 @@ class DiscreteAdjoint(AbstractExactAdjoint):
       repetitions of the forward steps suffice for (k - 1 + r)! / ((k - 1)! r!) segments. By default, all states of a given
       grid are kept if they fit in 16 MiB, and otherwise those at the starts of all segments: one repetition.
 
+    - `keep`: what is kept of the steps of a segment: `KeepStates()`, by default; `KeepStages()`; or `KeepLinearisations()`,
+      all that backpropagation needs, so that nothing is computed twice where it fits.
+
     Memory: O(checkpoints + sqrt(steps)) states. Works under `jit`, `vmap`, and forward-mode differentiation of the
     gradient (`jax.jvp(jax.grad(loss), ...)`).
     """
 
     checkpoints: int | None = eqx.field(static=True, default=None)
+    keep: AbstractKeep = KeepStates()
 
     def __check_init__(self) -> None:
         if self.checkpoints is not None and self.checkpoints < 1:
             raise ValueError(f"DiscreteAdjoint(checkpoints=...) must be at least 1, got {self.checkpoints}.")
 
-    def recorder(self, integrator: Integrator, problem: Problem) -> TapeRecorder:
-        return tape_recorder(self.checkpoints, integrator, problem)
+    def recorder(self, integrator: Integrator, inputs: Inputs) -> TapeRecorder:
+        return tape_recorder(self.keep, self.checkpoints, integrator, inputs, whole=True)

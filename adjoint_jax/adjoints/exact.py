@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from adjoint_jax import tree
 from adjoint_jax.adjoints.adjoint import (
@@ -45,7 +45,7 @@ class AbstractExactAdjoint(AbstractAdjoint):
     """An adjoint that is exact for the computed solution: it transposes every step."""
 
     @abc.abstractmethod
-    def recorder(self, integrator: Integrator, problem: Problem) -> AbstractRecorder:
+    def recorder(self, integrator: Integrator, inputs: Inputs) -> AbstractRecorder:
         """Records a trail."""
 
     def solve(
@@ -78,7 +78,7 @@ def _forward(
     times_wanted = [rows.ts for rows in perturbed.requests.rows]
     plain = [Rows(rows.ts, None) for rows, is_wanted in zip(inputs.requests.rows, times_wanted, strict=True) if is_wanted]
     extra = [RowRecorder(rows, inputs.problem, integrator.solver) for rows in plain]
-    outcome = integrator(inputs.problem, [*wanted, *extra, adjoint.recorder(integrator, inputs.problem)], valid)
+    outcome = integrator(inputs.problem, [*wanted, *extra, adjoint.recorder(integrator, inputs)], valid)
     states = iter(outcome.records[len(wanted) :])
     row_states = tuple(next(states).rows if is_wanted else None for is_wanted in times_wanted)
     residuals = _Residuals(outcome.records[-1], outcome.state, row_states, outcome.report)
@@ -127,6 +127,14 @@ class _Swept(NamedTuple):
     a: Arrays
     parameters: Parameters
     rows: tuple[Pulled, ...]
+
+
+class _KeptSteps(NamedTuple):
+    """A chunk of recorded steps, along a leading axis: their ends in time, and what is kept of them."""
+
+    starts: Float[Array, " steps"]
+    ends: Float[Array, " steps"]
+    kept: Any
 
 
 class _Observed(NamedTuple):
@@ -190,10 +198,10 @@ class _Sweep:
         def reverse_chunk(reversed_index: Array, swept: _Swept) -> _Swept:
             first = (chunks - 1 - reversed_index) * chunk
             slot = segment.begin + first
-            steps = Steps(
+            steps = _KeptSteps(
                 tree.take_block(self.trail.times, slot, chunk),
                 tree.take_block(self.trail.times, slot + 1, chunk),
-                tree.take_block(segment.states, first, chunk),
+                tree.take_block(segment.kept, first, chunk),
             )
             valid = jnp.minimum(chunk, segment.steps - first)
             swept, observed = self._observed_inside(slot, valid, steps, swept)
@@ -201,17 +209,18 @@ class _Sweep:
 
         return jax.lax.fori_loop(0, chunks, reverse_chunk, swept)
 
-    def _reverse_steps(self, count: Int[Array, ""], steps: Steps, observed: _Observed, swept: _Swept) -> _Swept:
+    def _reverse_steps(self, count: Int[Array, ""], steps: _KeptSteps, observed: _Observed, swept: _Swept) -> _Swept:
         """Reverse the first `count` steps of a chunk."""
 
         def reverse_step(reversed_index: Array, carry: tuple[Arrays, Parameters]) -> tuple[Arrays, Parameters]:
             a, parameters = carry
-            start, end, state = tree.take(steps, count - 1 - reversed_index)
+            start, end, kept = tree.take(steps, count - 1 - reversed_index)
+            interval, state = self.way.interval(start, end), self.trail.keep.state(kept)
             y1, y0, coefficients = tree.take(observed, count - 1 - reversed_index)
             a = a if y1 is None else tree.add(a, self.solver.from_output(state, y1))
             y0 = tree.zeros_like(self.problem.y0) if y0 is None else y0
             cotangent = StepOutputs(a, y0, coefficients, self.cost_cotangent)
-            through, gradient = self.solver.transposed_step(self.problem, self.way.interval(start, end), state, cotangent)
+            through, gradient = self.trail.keep.transposed(self.problem, self.solver, interval, kept, cotangent)
             taken = start != end
             gradient = tree.where(taken, gradient, tree.zeros_like(gradient))
             through = tree.where(taken, through, tree.add(a, self.solver.from_output(state, y0)))
@@ -221,7 +230,7 @@ class _Sweep:
         return swept._replace(a=a, parameters=parameters)
 
     def _observed_inside(
-        self, slot: Int[Array, ""], valid: Int[Array, ""], steps: Steps, swept: _Swept
+        self, slot: Int[Array, ""], valid: Int[Array, ""], steps: _KeptSteps, swept: _Swept
     ) -> tuple[_Swept, _Observed]:
         chunk = self.trail.chunk
         y1 = None if self.states is None else tree.take_block(self.states, slot, chunk)
@@ -232,7 +241,8 @@ class _Sweep:
         pulled_rows = []
         for rows, g, pulled in zip(self.requests.rows, self.row_cotangents, swept.rows, strict=True):
             if g is not None:
-                pulled, more = RowPull(self.way, rows, g, steps, valid).run(pulled)
+                states = self.trail.keep.state(steps.kept)
+                pulled, more = RowPull(self.way, rows, g, Steps(steps.starts, steps.ends, states), valid).run(pulled)
                 y0 = more.y0 if y0 is None else tree.add(y0, more.y0)
                 coefficients = more.coefficients if coefficients is None else tree.add(coefficients, more.coefficients)
             pulled_rows.append(pulled)

@@ -11,8 +11,9 @@ import numpy as np
 from jaxtyping import Array, Bool, DTypeLike, Int
 
 from adjoint_jax import tree
-from adjoint_jax.adjoints.adjoint import unknown_if
+from adjoint_jax.adjoints.adjoint import Inputs, unknown_if
 from adjoint_jax.adjoints.continuous import AbstractContinuousAdjoint, Final, Swept, preceded_by_t0
+from adjoint_jax.adjoints.keep import KeepStates
 from adjoint_jax.adjoints.reverse_ode import (
     AbstractReverseSystem,
     Adjoint,
@@ -56,8 +57,8 @@ class AbstractInterpolatingAdjoint(AbstractContinuousAdjoint):
         controller = prepared(self.controller, type(self).__name__, dtype)
         return eqx.tree_at(lambda adjoint: adjoint.controller, self, controller, is_leaf=lambda x: x is self.controller)
 
-    def recorders(self, integrator: Integrator, problem: Problem) -> list[AbstractRecorder]:
-        return [tape_recorder(self.checkpoints, integrator, problem, keep_all_bytes=0)]
+    def recorders(self, integrator: Integrator, inputs: Inputs) -> list[AbstractRecorder]:
+        return [tape_recorder(KeepStates(), self.checkpoints, integrator, inputs, whole=False)]
 
     def sweep(self, way: Way, records: Sequence[Any], observations: Observations, final: Final) -> Swept:
         trail = records[0].standing_still(way)
@@ -174,7 +175,7 @@ class _SegmentSweep(NamedTuple):
 
     def _interpolants(self, segment: Segment) -> Interpolant:
         """Those of the segment's steps; what stands behind the last of them means nothing."""
-        (problem, integrator), length = self.way[:2], jax.tree.leaves(segment.states)[0].shape[0]
+        (problem, integrator), length = self.way[:2], jax.tree.leaves(segment.kept)[0].shape[0]
 
         def interpolant(step: tuple[Scalar, Scalar, Arrays]) -> Interpolant:
             start, end, state = step
@@ -183,7 +184,7 @@ class _SegmentSweep(NamedTuple):
 
         starts = tree.take_block(self.trail.times, segment.begin, length)
         ends = tree.take_block(self.trail.times, segment.begin + 1, length)
-        return jax.lax.map(interpolant, (starts, ends, segment.states), batch_size=self.trail.chunk)
+        return jax.lax.map(interpolant, (starts, ends, segment.kept), batch_size=self.trail.chunk)
 
 
 class _Along(AbstractReverseSystem):

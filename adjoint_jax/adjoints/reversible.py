@@ -9,7 +9,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from adjoint_jax import tree
+from adjoint_jax.adjoints.adjoint import Inputs
 from adjoint_jax.adjoints.exact import AbstractExactAdjoint
+from adjoint_jax.adjoints.keep import AbstractKeep, KeepStates
 from adjoint_jax.adjoints.trail import AbstractTrail, Carry, Segment, Way
 from adjoint_jax.integrate import Integrator, chunk_length
 from adjoint_jax.lanes import max_lane
@@ -31,8 +33,8 @@ class ReversibleAdjoint(AbstractExactAdjoint):
     Memory: O(1) states; the times of the steps are recorded. Raises `TypeError` for a solver that has no inverse.
     """
 
-    def recorder(self, integrator: Integrator, problem: Problem) -> "TimesRecorder":
-        del problem
+    def recorder(self, integrator: Integrator, inputs: Inputs) -> "TimesRecorder":
+        del inputs
         if not isinstance(integrator.solver, AbstractReversibleSolver):
             name = type(integrator.solver).__name__
             raise TypeError(f"ReversibleAdjoint needs a reversible solver, such as Reversible({name}()), got {name}().")
@@ -43,6 +45,7 @@ class Times(AbstractTrail):
     """The ends of all steps."""
 
     times: Float[Array, " times"]
+    keep: AbstractKeep
     length: int = eqx.field(static=True)
 
     @property
@@ -82,7 +85,7 @@ class TimesRecorder(AbstractRecorder):
 
     def start(self, problem: Problem, layout: Layout) -> Times:
         chunk = chunk_length(problem.y0)
-        return Times(jnp.full(layout.slots + chunk + 1, problem.t0), chunk)
+        return Times(jnp.full(layout.slots + chunk + 1, problem.t0), KeepStates(), chunk)
 
     def note(self, step: Step, accepted: Bool[Array, ""]) -> Scalar:
         del accepted

@@ -1,7 +1,8 @@
-"""A trail of states: recorded in one segment and at checkpoints, and stepped through again between them.
+"""A trail of recorded steps: those of one segment, and states at checkpoints, from which the others are taken again.
 
-Times are recorded for all steps. States are kept for the steps of one segment, and at checkpoints: the starts of some
-segments. The segments behind a checkpoint are stepped through again, on the recorded grid, when their turn comes.
+Times are recorded for all steps. What is needed to transpose a step (its state, or more) is kept for the steps of one
+segment, and states at checkpoints: the starts of some segments. The steps behind a checkpoint are taken again, on the
+recorded grid, when their turn comes.
 
 Where there are fewer checkpoints than segments, they are first spread evenly: when there is no room for another one, every
 second is dropped. On the way back, those that have become free divide the stretch behind the last one so that no segment is
@@ -25,6 +26,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from adjoint_jax import tree
+from adjoint_jax.adjoints.adjoint import Inputs
+from adjoint_jax.adjoints.keep import AbstractKeep, bytes_kept, shapes_kept
 from adjoint_jax.adjoints.trail import AbstractTrail, Carry, Segment, Way
 from adjoint_jax.integrate import Integrator, chunk_length, round_up
 from adjoint_jax.lanes import max_lane
@@ -33,23 +36,21 @@ from adjoint_jax.recorders import AbstractRecorder, Layout, Place
 from adjoint_jax.solvers.solver import AbstractSolver, Step
 from adjoint_jax.tree import Arrays, Scalar
 
-KEEP_ALL_BYTES = 16 * 2**20
-"""All states of a given grid are kept if they take no more than this; else about the square root of their number."""
-
 LANE_SEGMENT_BYTES = 4 * 2**10
 """A segment of an adaptive integration is at least as long as fits in this."""
 
 
 class Tape(AbstractTrail):
-    """The times of all steps; the states before every step of the last segment; those at checkpoints. Buffers are longer
+    """The times of all steps; what is kept of every step of the last segment; the states at checkpoints. Buffers are longer
     than segments and steps by up to a chunk, so that every chunk lies inside.
 
     Checkpoint j stands at the start of segment j * stride."""
 
     times: Float[Array, " times"]
-    recent: Arrays
+    recent: Any
     checkpoints: Arrays
     stride: Int[Array | np.ndarray, ""]
+    keep: AbstractKeep
     layout: "TapeLayout" = eqx.field(static=True)
 
     @property
@@ -66,10 +67,9 @@ class Tape(AbstractTrail):
             index = going.left - 1
             begin = index * segment
             end = jnp.minimum(count, begin + segment)
-            first, stack = self._first_state(way, index, going.stack)
-            states = tree.put(going.states, jnp.int32(0), first)
-            states = self._replay(way, begin, jnp.where(index == segments - 1, begin, end - 1), states)
-            return _Going(index, stack, states, visit(Segment(begin, end - begin, states), going.carry))
+            state, stack = self._first_state(way, index, going.stack)
+            kept = self._replay(way, begin, jnp.where(index == segments - 1, begin, end), state, going.kept)
+            return _Going(index, stack, kept, visit(Segment(begin, end - begin, kept), going.carry))
 
         going = _Going(segments, _Stack.of(self, segments), self.recent, carry)
         return jax.lax.while_loop(lambda going: going.left > 0, visit_last, going).carry
@@ -105,21 +105,26 @@ class Tape(AbstractTrail):
     def _advance(self, way: Way, state: Arrays, start: Int[Array, ""], end: Int[Array, ""]) -> Arrays:
         """The state at the start of segment `end`, from that at the start of segment `start`."""
         segment = self.layout.segment
-        return jax.lax.fori_loop(start * segment, end * segment, lambda slot, y: self._after(way, slot, y), state)
+        return jax.lax.fori_loop(start * segment, end * segment, lambda slot, y: self._step(way, slot, y).after, state)
 
-    def _replay(self, way: Way, begin: Int[Array, ""], end: Int[Array, ""], states: Arrays) -> Arrays:
-        """Take the steps from slot `begin` to `end` again, of which the first state is known."""
+    def _replay(self, way: Way, begin: Int[Array, ""], end: Int[Array, ""], state: Arrays, kept: Any) -> Any:
+        """Take the steps from slot `begin` to `end` again, and keep what is needed of them."""
 
-        def take_step(slot: Array, states: Arrays) -> Arrays:
-            return tree.put(states, slot - begin + 1, self._after(way, slot, tree.take(states, slot - begin)))
+        def take_step(slot: Array, walk: tuple[Arrays, Any]) -> tuple[Arrays, Any]:
+            state, kept = walk
+            step = self._step(way, slot, state)
+            if self.layout.interpolated:
+                step = way.integrator.solver.with_dense_stages(way.problem.field, step)
+            of_step = self.keep.of(way.problem, way.integrator.solver, step, interpolated=self.layout.interpolated)
+            return step.after, tree.put(kept, slot - begin, of_step)
 
-        return jax.lax.fori_loop(begin, end, take_step, states)
+        return jax.lax.fori_loop(begin, end, take_step, (state, kept))[1]
 
-    def _after(self, way: Way, slot: Int[Array, ""], state: Arrays) -> Arrays:
-        """The state after the step of a slot."""
+    def _step(self, way: Way, slot: Int[Array, ""], state: Arrays) -> Step:
+        """The step of a slot."""
         interval = self.interval(way, slot)
         step = way.integrator.solver.step(way.problem.field, interval, state, None)
-        return tree.where(interval.start != interval.end, step.after, state)
+        return step._replace(after=tree.where(interval.start != interval.end, step.after, state))
 
 
 class _Stack(NamedTuple):
@@ -136,11 +141,11 @@ class _Stack(NamedTuple):
 
 
 class _Going(NamedTuple):
-    """Where the walk back stands: the number of segments left, the checkpoints, the buffer of one segment's states."""
+    """Where the walk back stands: the number of segments left, the checkpoints, the buffer of what is kept of a segment."""
 
     left: Int[Array, ""]
     stack: _Stack
-    states: Arrays
+    kept: Any
     carry: Any
 
 
@@ -151,28 +156,33 @@ def _reversible_segments(checkpoints: int, segments: int) -> np.ndarray:
 
 
 class TapeLayout(NamedTuple):
-    """Static sizes: steps in a segment, steps in a chunk, checkpoints, and the largest number of segments."""
+    """Static sizes: steps in a segment, steps in a chunk, checkpoints, and the largest number of segments; and whether the
+    loss may depend on interpolants."""
 
     segment: int
     chunk: int
     checkpoints: int
     segments: int
+    interpolated: bool
 
 
 class TapeNote(NamedTuple):
-    """A step's start, as a state, and its end, as a time."""
+    """What is kept of a step, and its end in time."""
 
-    state: Arrays
+    kept: Any
     end: Scalar
 
 
 class TapeRecorder(AbstractRecorder):
     """Records a `Tape` with segments of at least `length` steps and at most so many checkpoints."""
 
+    problem: Problem
     solver: AbstractSolver
+    keep: AbstractKeep
     length: int = eqx.field(static=True)
     checkpoints: int = eqx.field(static=True)
     slots: int = eqx.field(static=True)
+    interpolated: bool = eqx.field(static=True)
 
     @property
     def segment_limit(self) -> int | None:
@@ -182,37 +192,43 @@ class TapeRecorder(AbstractRecorder):
         segment = layout.slots if self.length >= self.slots else round_up(self.length, layout.segment)
         chunk = chunk_length(tree.buffer(self.solver.dense_degree, problem.y0))
         segments = math.ceil(layout.slots / segment)
-        sizes = TapeLayout(segment, chunk, min(self.checkpoints, segments), segments)
-        state = self.solver.start(problem)
+        sizes = TapeLayout(segment, chunk, min(self.checkpoints, segments), segments, self.interpolated)
+        kept = shapes_kept(self.keep, problem, self.solver, interpolated=self.interpolated)
         return Tape(
             times=jnp.full(layout.slots + chunk + 1, problem.t0),
-            recent=tree.buffer(round_up(segment, chunk), state),
-            checkpoints=tree.buffer(sizes.checkpoints, state),
+            recent=tree.buffer(round_up(segment, chunk), kept),
+            checkpoints=tree.buffer(sizes.checkpoints, self.solver.start(problem)),
             stride=jnp.ones((), jnp.int32),
+            keep=self.keep,
             layout=sizes,
         )
 
     def note(self, step: Step, accepted: Bool[Array, ""]) -> TapeNote:
         del accepted
-        return TapeNote(step.before, step.interval.end)
+        kept = self.keep.of(self.problem, self.solver, step, interpolated=self.interpolated)
+        return TapeNote(kept, step.interval.end)
+
+    def blank_note(self, step: Step) -> TapeNote:
+        kept = shapes_kept(self.keep, self.problem, self.solver, interpolated=self.interpolated)
+        return TapeNote(tree.zeros_like(kept), step.interval.end)
 
     def write(self, record: Tape, place: Place, notes: TapeNote) -> Tape:
         return dataclasses.replace(
             record,
             times=tree.put_block(record.times, place.slot + 1, notes.end),
-            recent=tree.put_block(record.recent, place.slot % record.layout.segment, notes.state),
+            recent=tree.put_block(record.recent, place.slot % record.layout.segment, notes.kept),
         )
 
     def flush(self, record: Tape, place: Place, now: Scalar) -> Tape:
         del now
         index = jnp.maximum(place.slot - 1, 0) // record.layout.segment
-        first = tree.take(record.recent, jnp.int32(0))
+        first = self.keep.state(tree.take(record.recent, jnp.int32(0)))
         if record.layout.checkpoints < record.layout.segments:
             record = _thinned(record, index)
-        kept = tree.put(record.checkpoints, index // record.stride, first)
+        checkpoints = tree.put(record.checkpoints, index // record.stride, first)
         if record.layout.checkpoints < record.layout.segments:
-            kept = tree.where(index % record.stride == 0, kept, record.checkpoints)
-        return dataclasses.replace(record, checkpoints=kept)
+            checkpoints = tree.where(index % record.stride == 0, checkpoints, record.checkpoints)
+        return dataclasses.replace(record, checkpoints=checkpoints)
 
 
 def _thinned(tape: Tape, index: Int[Array, ""]) -> Tape:
@@ -224,17 +240,20 @@ def _thinned(tape: Tape, index: Int[Array, ""]) -> Tape:
 
 
 def tape_recorder(
-    checkpoints: int | None, integrator: Integrator, problem: Problem, *, keep_all_bytes: int = KEEP_ALL_BYTES
+    keep: AbstractKeep, checkpoints: int | None, integrator: Integrator, inputs: Inputs, *, whole: bool
 ) -> TapeRecorder:
-    """The recorder with a segment length that suits the sizes known at trace time."""
-    state_bytes = max(1, tree.size_in_bytes(problem.y0))
-    grid_steps, slots = integrator.grid_steps(problem), integrator.slots(problem)
-    if grid_steps is None:
-        length = max(math.isqrt(slots), LANE_SEGMENT_BYTES // state_bytes)
-    elif checkpoints is None and slots * state_bytes <= keep_all_bytes:
+    """The recorder with a segment length and a number of checkpoints that suit the sizes known at trace time. `whole`:
+    whether all steps of a given grid may be one segment."""
+    (problem, requests), solver = inputs, integrator.solver
+    interpolated = bool(requests.rows) or requests.dense
+    kept_bytes = max(1, bytes_kept(keep, problem, solver, interpolated=interpolated))
+    slots, is_grid = integrator.slots(problem), integrator.grid_steps(problem) is not None
+    length = root = math.isqrt(slots)
+    if not is_grid:
+        length = max(root, LANE_SEGMENT_BYTES // kept_bytes)
+    elif whole and checkpoints is None and slots * kept_bytes <= keep.budget:
         length = slots
-    else:
-        length = math.isqrt(slots)
     if checkpoints is not None:
         length = min(length, math.ceil(slots / checkpoints))
-    return TapeRecorder(integrator.solver, min(slots, max(length, 1)), checkpoints or slots, slots)
+    length = max(1, min(slots, keep.segment(length, kept_bytes)))
+    return TapeRecorder(problem, solver, keep, length, checkpoints or max(1, 2 * root), slots, interpolated)

@@ -3,13 +3,14 @@
 import abc
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from adjoint_jax import tree
+from adjoint_jax.adjoints.keep import AbstractKeep
 from adjoint_jax.integrate import Integrator, Report
 from adjoint_jax.problem import Interval, Problem
 from adjoint_jax.tree import Arrays, Scalar
@@ -18,12 +19,12 @@ Carry = TypeVar("Carry")
 
 
 class Segment(NamedTuple):
-    """Some consecutive steps: the slot of the first, how many there are, and the method's states before each of them, in
-    a buffer that is longer than that by up to a chunk."""
+    """Some consecutive steps: the slot of the first, how many there are, and what is kept of each of them, in a buffer
+    that is longer than that by up to a chunk."""
 
     begin: Int[Array, ""]
     steps: Int[Array, ""]
-    states: Arrays
+    kept: Any
 
 
 class Way(NamedTuple):
@@ -49,6 +50,8 @@ class AbstractTrail(eqx.Module):
 
     times: eqx.AbstractVar[Float[Array, " times"]]
     """The ends of all steps, from t0 on; longer than that by at least a chunk."""
+    keep: eqx.AbstractVar[AbstractKeep]
+    """What is kept of every step."""
 
     @property
     @abc.abstractmethod

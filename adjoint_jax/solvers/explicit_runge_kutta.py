@@ -1,5 +1,7 @@
 """One step of an explicit Runge-Kutta method, and its transpose."""
 
+from collections.abc import Sequence
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -9,7 +11,7 @@ from jaxtyping import Array, Float
 from adjoint_jax import tree
 from adjoint_jax.interpolation import Interpolant
 from adjoint_jax.problem import Interval, Parameters, Problem, Rates
-from adjoint_jax.solvers.solver import AbstractSolver, Field, Nodes, Step, StepOutputs
+from adjoint_jax.solvers.solver import AbstractSolver, Field, Nodes, Pullback, Step, StepOutputs, pullback_at
 from adjoint_jax.solvers.tableau import ButcherTableau
 from adjoint_jax.tree import Arrays, Scalar
 
@@ -95,15 +97,10 @@ class ExplicitRungeKutta(AbstractSolver):
         is the running cost."""
         tableau, h = self.tableau, step.interval.end - step.interval.start
         used = [i for i, weight in enumerate(tableau.b) if weight]
-
-        def state(i: int) -> Arrays:
-            return (
-                tree.add(step.before, tree.scale(h, tree.weighted_sum(tableau.a[i], step.stages[:i]))) if i else step.before
-            )
-
+        states = self._states_from_stages(step.interval, step.before, step.stages[: used[-1] + 1])
         times = self._times(step.interval, tuple(tableau.c[i] for i in used))
         weights = h * jnp.asarray([tableau.b[i] for i in used], h.dtype)
-        return Nodes(times, tree.stack([state(i) for i in used]), weights)
+        return Nodes(times, tree.stack([states[i] for i in used]), weights)
 
     # The transposed step. The step, with the cost C = integral of the running cost l as one more sum over its stages, is
     #
@@ -125,26 +122,27 @@ class ExplicitRungeKutta(AbstractSolver):
     def transposed_step(
         self, problem: Problem, interval: Interval, state: Arrays, cotangent: StepOutputs
     ) -> tuple[Arrays, Parameters]:
-        stages = self._stages_that_matter(cotangent.coefficients is not None)
-        written_out = stages <= WRITTEN_OUT_STAGES or tree.size_in_bytes(state) >= WRITTEN_OUT_BYTES
-        transpose = self._transposed_written_out if written_out else self._transposed_in_a_loop
-        mu, gradient = transpose(problem, interval, state, cotangent, stages)
-        return tree.add(cotangent.after, cotangent.y0, mu), gradient
+        count = self.stages_that_matter(interpolated=cotangent.coefficients is not None)
+        if self._is_written_out(state, count):
+            return self.transposed_from_pullbacks(self._linearised(problem, interval, state, count), interval, cotangent)
+        return self._transposed_in_a_loop(problem, interval, self._stage_states(problem, interval, state, count), cotangent)
 
-    def _transposed_written_out(
-        self, problem: Problem, interval: Interval, y: Arrays, cotangent: StepOutputs, count: int
+    def transposed_from_stages(
+        self, problem: Problem, interval: Interval, state: Arrays, stages: tuple[Arrays, ...], cotangent: StepOutputs
     ) -> tuple[Arrays, Parameters]:
-        """The sums over mu_i and over the parameters' parts. One linearisation of a stage gives k_i and its pullback."""
-        tableau, h = self.tableau, interval.end - interval.start
-        rows, nodes = tableau.a + tableau.dense_a, tableau.c + tableau.dense_c
-        b = tableau.b + (0.0,) * self.extra_stages
-        stages, pullbacks = [], []
-        for i in range(count):
-            state = tree.add(y, tree.scale(h, tree.weighted_sum(rows[i], stages))) if i else y
-            t = _stage_time(interval, nodes[i])
-            rates, pullback = jax.vjp(lambda y, p, t=t: problem.at(p).rates(t, y), state, problem.parameters)
-            stages.append(rates.y)
-            pullbacks.append(pullback)
+        """`transposed_step`, where the stages that matter are known."""
+        states = self._states_from_stages(interval, state, stages)
+        if self._is_written_out(state, len(stages)):
+            pullbacks = self.pullbacks(problem, interval, state, stages)
+            return self.transposed_from_pullbacks(pullbacks, interval, cotangent)
+        return self._transposed_in_a_loop(problem, interval, tree.stack(states), cotangent)
+
+    def transposed_from_pullbacks(
+        self, pullbacks: Sequence[Pullback], interval: Interval, cotangent: StepOutputs
+    ) -> tuple[Arrays, Parameters]:
+        """`transposed_step`, where the linearisations of the stages that matter are known."""
+        tableau, h, count = self.tableau, interval.end - interval.start, len(pullbacks)
+        rows, b = tableau.a + tableau.dense_a, tableau.b + (0.0,) * self.extra_stages
         mu: list[Arrays] = []
         gradients = []
         for i in reversed(range(count)):
@@ -155,22 +153,44 @@ class ExplicitRungeKutta(AbstractSolver):
             mu_i, gradient = pullbacks[i](Rates(tree.scale(h, kappa), tree.scale(h * b[i], cotangent.cost)))
             mu.append(mu_i)
             gradients.append(gradient)
-        return tree.add(*mu), tree.add(*gradients)
+        return tree.add(cotangent.after, cotangent.y0, *mu), tree.add(*gradients)
 
-    def _transposed_in_a_loop(
-        self, problem: Problem, interval: Interval, y: Arrays, cotangent: StepOutputs, count: int
-    ) -> tuple[Arrays, Parameters]:
-        """The same with the stages as loops."""
-        tableau, h = self.tableau, interval.end - interval.start
-        rows, nodes = tableau.a + tableau.dense_a, tableau.c + tableau.dense_c
-        a = jnp.asarray(np.array([row + (0.0,) * (count - len(row)) for row in rows[:count]]))
-        b = jnp.asarray((tableau.b + (0.0,) * self.extra_stages)[:count])
-        dense, times, parameters = jnp.asarray(tableau.dense), self._times(interval, nodes[:count]), problem.parameters
+    def pullbacks(self, problem: Problem, interval: Interval, state: Arrays, stages: tuple[Arrays, ...]) -> list[Pullback]:
+        """The linearisations of the rates at the stages: each maps kappa_i and h b_i g to mu_i and the parameters' part."""
+        states = self._states_from_stages(interval, state, stages)
+        times = (_stage_time(interval, node) for node in self._nodes)
+        return [pullback_at(problem, t, y)[1] for t, y in zip(times, states, strict=False)]
+
+    def _linearised(self, problem: Problem, interval: Interval, y: Arrays, count: int) -> list[Pullback]:
+        """The same where the stages are not known. One linearisation of a stage gives k_i and its pullback."""
+        h, rows = interval.end - interval.start, self.tableau.a + self.tableau.dense_a
+        stages, pullbacks = [], []
+        for i in range(count):
+            state = tree.add(y, tree.scale(h, tree.weighted_sum(rows[i], stages))) if i else y
+            rates, pullback = pullback_at(problem, _stage_time(interval, self._nodes[i]), state)
+            stages.append(rates.y)
+            pullbacks.append(pullback)
+        return pullbacks
+
+    def _stage_states(self, problem: Problem, interval: Interval, y: Arrays, count: int) -> Arrays:
+        """Y_1, ..., Y_s, stacked, computed in a loop."""
+        h, times, a = interval.end - interval.start, self._times(interval, self._nodes[:count]), self._matrix(count)
 
         def next_state(i: Array, carry: tuple[Arrays, Arrays]) -> tuple[Arrays, Arrays]:
             states, stages = carry
             stages = tree.put(stages, i, problem.field(times[i], tree.take(states, i)))
             return tree.put(states, i + 1, tree.add(y, tree.scale(h, tree.contract(a[i + 1], stages)))), stages
+
+        states = tree.map(lambda leaf: jnp.broadcast_to(leaf, (count, *leaf.shape)), y)
+        return jax.lax.fori_loop(0, count - 1, next_state, (states, tree.zeros_like(states)))[0]
+
+    def _transposed_in_a_loop(
+        self, problem: Problem, interval: Interval, states: Arrays, cotangent: StepOutputs
+    ) -> tuple[Arrays, Parameters]:
+        """The transposed step from Y_1, ..., Y_s, stacked."""
+        h, count = interval.end - interval.start, jax.tree.leaves(states)[0].shape[0]
+        a, b = self._matrix(count), jnp.asarray((self.tableau.b + (0.0,) * self.extra_stages)[:count])
+        dense, times = jnp.asarray(self.tableau.dense), self._times(interval, self._nodes[:count])
 
         def reverse_stage(reversed_index: Array, carry: tuple[Arrays, Parameters]) -> tuple[Arrays, Parameters]:
             i = count - 1 - reversed_index
@@ -178,21 +198,35 @@ class ExplicitRungeKutta(AbstractSolver):
             kappa = tree.add(tree.scale(b[i], cotangent.after), tree.contract(a[:, i], mu))
             if cotangent.coefficients is not None:
                 kappa = tree.add(kappa, tree.contract(dense[i], cotangent.coefficients))
-            _, pullback = jax.vjp(lambda y, p: problem.at(p).rates(times[i], y), tree.take(states, i), parameters)
+            pullback = pullback_at(problem, times[i], tree.take(states, i))[1]
             mu_i, gradient_i = pullback(Rates(tree.scale(h, kappa), tree.scale(h * b[i], cotangent.cost)))
             return tree.put(mu, i, mu_i), tree.add(gradient, gradient_i)
 
-        states = tree.map(lambda leaf: jnp.broadcast_to(leaf, (count, *leaf.shape)), y)
-        states = jax.lax.fori_loop(0, count - 1, next_state, (states, tree.zeros_like(states)))[0]
-        initial = tree.zeros_like(states), tree.zeros_like(parameters)
+        initial = tree.zeros_like(states), tree.zeros_like(problem.parameters)
         mu, gradient = jax.lax.fori_loop(0, count, reverse_stage, initial)
-        return tree.map(lambda m: jnp.sum(m, axis=0), mu), gradient
+        return tree.add(cotangent.after, cotangent.y0, tree.map(lambda m: jnp.sum(m, axis=0), mu)), gradient
 
-    def _stages_that_matter(self, interpolated: bool) -> int:
+    def stages_that_matter(self, *, interpolated: bool) -> int:
         """The number of leading stages through which a cotangent can come."""
         if interpolated:
             return self.tableau.stages + self.extra_stages
         return max(i + 1 for i, weight in enumerate(self.tableau.b) if weight)
+
+    def _is_written_out(self, state: Arrays, count: int) -> bool:
+        return count <= WRITTEN_OUT_STAGES or tree.size_in_bytes(state) >= WRITTEN_OUT_BYTES
+
+    @property
+    def _nodes(self) -> tuple[float, ...]:
+        return self.tableau.c + self.tableau.dense_c
+
+    def _matrix(self, count: int) -> Float[Array, "stages stages"]:
+        rows = (self.tableau.a + self.tableau.dense_a)[:count]
+        return jnp.asarray(np.array([row + (0.0,) * (count - len(row)) for row in rows]))
+
+    def _states_from_stages(self, interval: Interval, y: Arrays, stages: tuple[Arrays, ...]) -> list[Arrays]:
+        h, rows = interval.end - interval.start, self.tableau.a + self.tableau.dense_a
+        later = (tree.add(y, tree.scale(h, tree.weighted_sum(rows[i], stages[:i]))) for i in range(1, len(stages)))
+        return [y, *later]
 
     def _more_stages(
         self,

@@ -11,10 +11,12 @@ from jaxtyping import Array, Float
 
 from adjoint_jax import tree
 from adjoint_jax.interpolation import Interpolant
-from adjoint_jax.problem import Interval, Parameters, Problem
+from adjoint_jax.problem import Interval, Parameters, Problem, Rates
 from adjoint_jax.tree import Arrays, Scalar
 
 Field = Callable[[Scalar, Arrays], Arrays]
+Pullback = Callable[[Rates], tuple[Arrays, Parameters]]
+"""From dJ/d(rates) to dJ/dy and dJ/dparameters, at one point."""
 
 
 class Step(NamedTuple):
@@ -159,3 +161,8 @@ def cost_of(problem: Problem, nodes: Nodes) -> Arrays:
     times, states, weights = nodes.flattened()
     rates = jax.vmap(problem.rates)(times, states).cost
     return tree.contract(weights, tree.keep_rows(weights != 0, rates))
+
+
+def pullback_at(problem: Problem, t: Scalar, y: Arrays) -> tuple[Rates, Pullback]:
+    """The rates at a point, and their linearisation there. The pullback is a pytree of what it keeps."""
+    return jax.vjp(lambda y, parameters: problem.at(parameters).rates(t, y), y, problem.parameters)

@@ -1,0 +1,187 @@
+"""What is kept of a step for its transposition: more memory, or more evaluations on the way back."""
+
+import abc
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+
+from adjoint_jax import tree
+from adjoint_jax.problem import Interval, Parameters, Problem
+from adjoint_jax.solvers.explicit_runge_kutta import ExplicitRungeKutta
+from adjoint_jax.solvers.solver import AbstractSolver, Pullback, Step, StepOutputs, pullback_at
+from adjoint_jax.tree import Arrays
+
+
+class AbstractKeep(eqx.Module):
+    """A choice of what to keep of every step."""
+
+    @property
+    @abc.abstractmethod
+    def budget(self) -> int:
+        """All steps of a given grid are kept if they take no more bytes than this."""
+
+    def segment(self, steps: int, bytes_of_step: int) -> int:
+        """The number of steps that are kept at a time, where that of a segment would be `steps`."""
+        return max(1, min(steps, self.budget // bytes_of_step))
+
+    @abc.abstractmethod
+    def of(self, problem: Problem, solver: AbstractSolver, step: Step, *, interpolated: bool) -> Any:
+        """What is kept of a step. `interpolated`: whether the loss may depend on the step's interpolant."""
+
+    @abc.abstractmethod
+    def state(self, kept: Any) -> Arrays:
+        """The method's state before the step, or before many."""
+
+    @abc.abstractmethod
+    def transposed(
+        self, problem: Problem, solver: AbstractSolver, interval: Interval, kept: Any, cotangent: StepOutputs
+    ) -> tuple[Arrays, Parameters]:
+        """The transposed step."""
+
+
+class KeepStates(AbstractKeep):
+    """Keep the state before each step. On the way back, a step's stages are computed again: as many evaluations and as many
+    pullbacks as the step has stages."""
+
+    @property
+    def budget(self) -> int:
+        return 2**24
+
+    def segment(self, steps: int, bytes_of_step: int) -> int:
+        del bytes_of_step
+        return steps
+
+    def of(self, problem: Problem, solver: AbstractSolver, step: Step, *, interpolated: bool) -> Arrays:
+        return step.before
+
+    def state(self, kept: Arrays) -> Arrays:
+        return kept
+
+    def transposed(
+        self, problem: Problem, solver: AbstractSolver, interval: Interval, kept: Arrays, cotangent: StepOutputs
+    ) -> tuple[Arrays, Parameters]:
+        return solver.transposed_step(problem, interval, kept, cotangent)
+
+
+class Stages(NamedTuple):
+    """A state, and the stages of a step from it on which the loss may depend."""
+
+    state: Arrays
+    stages: tuple[Arrays, ...]
+
+
+class KeepStages(AbstractKeep):
+    """Keep the state before each step and its stages, so that all stages of a step are linearised independently of one
+    another. For explicit Runge-Kutta methods.
+
+    - `bytes`: as many steps are kept at a time as fit in so many bytes; earlier ones are taken again from checkpoints.
+    """
+
+    bytes: int = eqx.field(static=True, default=2**26)
+
+    @property
+    def budget(self) -> int:
+        return self.bytes
+
+    def of(self, problem: Problem, solver: AbstractSolver, step: Step, *, interpolated: bool) -> Stages:
+        count = _runge_kutta(solver, self).stages_that_matter(interpolated=interpolated)
+        return Stages(step.before, step.stages[:count])
+
+    def state(self, kept: Stages) -> Arrays:
+        return kept.state
+
+    def transposed(
+        self, problem: Problem, solver: AbstractSolver, interval: Interval, kept: Stages, cotangent: StepOutputs
+    ) -> tuple[Arrays, Parameters]:
+        return _runge_kutta(solver, self).transposed_from_stages(problem, interval, *kept, cotangent)
+
+
+class Linearisations(NamedTuple):
+    """A state, and what the pullbacks of a step's stages keep that varies from stage to stage."""
+
+    state: Arrays
+    residuals: tuple[list[Arrays], ...]
+
+
+class KeepLinearisations(AbstractKeep):
+    """Keep the state before each step and the linearisation of the field at its stages, as plain backpropagation does: the
+    way back evaluates no field, only pullbacks. Of what a pullback keeps, what does not depend on time and state (weights
+    of a network, say) is kept once. For explicit Runge-Kutta methods.
+
+    - `bytes`: as many steps are kept at a time as fit in so many bytes; earlier ones are taken again from checkpoints.
+    """
+
+    bytes: int = eqx.field(static=True, default=2**26)
+
+    @property
+    def budget(self) -> int:
+        return self.bytes
+
+    def of(self, problem: Problem, solver: AbstractSolver, step: Step, *, interpolated: bool) -> Linearisations:
+        runge_kutta, varies = _runge_kutta(solver, self), _varying(problem)
+        stages = step.stages[: runge_kutta.stages_that_matter(interpolated=interpolated)]
+        pullbacks = runge_kutta.pullbacks(problem, step.interval, step.before, stages)
+        residuals = (zip(jax.tree.leaves(pullback), varies, strict=True) for pullback in pullbacks)
+        return Linearisations(step.before, tuple([leaf for leaf, kept in leaves if kept] for leaves in residuals))
+
+    def state(self, kept: Linearisations) -> Arrays:
+        return kept.state
+
+    def transposed(
+        self, problem: Problem, solver: AbstractSolver, interval: Interval, kept: Linearisations, cotangent: StepOutputs
+    ) -> tuple[Arrays, Parameters]:
+        varies, anywhere = _varying(problem), pullback_at(problem, problem.t0, problem.y0)[1]
+        leaves, structure = jax.tree.flatten(anywhere)
+
+        def restored(residuals: list[Arrays]) -> Pullback:
+            own = iter(residuals)
+            return jax.tree.unflatten(structure, [next(own) if k else leaf for leaf, k in zip(leaves, varies, strict=True)])
+
+        pullbacks = [restored(residuals) for residuals in kept.residuals]
+        return _runge_kutta(solver, self).transposed_from_pullbacks(pullbacks, interval, cotangent)
+
+
+def _varying(problem: Problem) -> list[bool]:
+    """Which of the arrays that a pullback keeps depend on the time and the state at which it was taken.
+
+    Read off the traced program: what is computed from something that varies, varies."""
+
+    def residuals(point: tuple[Arrays, ...], parameters: Parameters) -> list[Arrays]:
+        return jax.tree.leaves(pullback_at(problem.at(parameters), *point)[1])
+
+    point = problem.t0, problem.y0
+    program = jax.make_jaxpr(residuals)(point, problem.parameters).jaxpr
+    varying = set(program.invars[: len(jax.tree.leaves(point))])
+    for equation in program.eqns:
+        if any(_is_in(variable, varying) for variable in equation.invars):
+            varying.update(equation.outvars)
+    return [_is_in(variable, varying) for variable in program.outvars]
+
+
+def _is_in(variable: Any, variables: set[Any]) -> bool:
+    """Constants written out in a program have no hash, and never vary."""
+    return not hasattr(variable, "val") and variable in variables
+
+
+def _runge_kutta(solver: AbstractSolver, keep: AbstractKeep) -> ExplicitRungeKutta:
+    if not isinstance(solver, ExplicitRungeKutta):
+        raise TypeError(
+            f"{type(keep).__name__} is for explicit Runge-Kutta methods, got {type(solver).__name__}: use KeepStates()."
+        )
+    return solver
+
+
+def bytes_kept(keep: AbstractKeep, problem: Problem, solver: AbstractSolver, *, interpolated: bool) -> int:
+    """Bytes that are kept of one step."""
+    return tree.size_in_bytes(shapes_kept(keep, problem, solver, interpolated=interpolated))
+
+
+def shapes_kept(keep: AbstractKeep, problem: Problem, solver: AbstractSolver, *, interpolated: bool) -> Any:
+    """The shapes and dtypes of what is kept of one step."""
+
+    def kept() -> Any:
+        step = solver.blank_step(problem.t0, solver.start(problem))
+        return keep.of(problem, solver, step, interpolated=interpolated)
+
+    return jax.eval_shape(kept)

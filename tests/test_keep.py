@@ -1,0 +1,110 @@
+"""What `DiscreteAdjoint` keeps of every step: all choices give the same gradient, for more memory or more evaluations."""
+
+import equinox as eqx
+import jax
+import jax.flatten_util
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import adjoint_jax as aj
+
+KEEPS = {
+    "stages": aj.KeepStages(),
+    "linearisations": aj.KeepLinearisations(),
+    "few stages": aj.KeepStages(bytes=2000),
+    "few linearisations": aj.KeepLinearisations(bytes=8000),
+}
+generator = np.random.default_rng(0)
+WEIGHTS = generator.normal(size=(2, 6, 6)) / 3
+Y0 = generator.normal(size=(4, 6))
+TS = np.array([0.0, 0.4, 0.41, 1.7])
+
+
+def network(t, y, weights):
+    first, second = weights
+    return jnp.tanh(jnp.sin(t) * y @ first) @ second
+
+
+def effort(t, y, weights):
+    return jnp.mean(jnp.square(y)) * weights[0, 0, 0]
+
+
+def loss(y0, weights, adjoint, solver, controller):
+    solution = aj.solve(
+        network,
+        0.0,
+        2.0,
+        y0,
+        weights,
+        solver=solver,
+        controller=controller,
+        saveat=aj.SaveAt(TS, t1=True),
+        adjoint=adjoint,
+        running_cost=effort,
+    )
+    return jnp.sum(solution.ys**2) + solution.cost
+
+
+@eqx.filter_jit
+def gradient(*arguments):
+    return jax.flatten_util.ravel_pytree(jax.grad(loss, (0, 1))(*arguments))[0]
+
+
+HEUN_HERMITE = aj.ExplicitRungeKutta(
+    aj.ButcherTableau(
+        name="Heun with Hermite's interpolant",
+        order=2,
+        a=((), (1.0,)),
+        b=(0.5, 0.5),
+        c=(0.0, 1.0),
+        dense=((1.0, -0.5, 0.0), (0.0, 1.5, -1.0), (0.0, -1.0, 1.0)),
+        dense_order=2,
+        b_error=(-0.5, 0.5),
+        error_order=1,
+        dense_a=((0.5, 0.5),),
+        dense_c=(1.0,),
+    )
+)
+STEPPING = {
+    "grid": (aj.RK4(), aj.FixedSteps(30)),
+    "adaptive with dense stages": (HEUN_HERMITE, aj.PIDController(1e-3, 1e-3)),
+}
+
+
+@pytest.fixture(scope="module")
+def by_states():
+    return {name: gradient(Y0, WEIGHTS, aj.DiscreteAdjoint(), *stepping) for name, stepping in STEPPING.items()}
+
+
+@pytest.mark.parametrize("stepping", STEPPING)
+@pytest.mark.parametrize("keep", KEEPS)
+def test_the_gradient_does_not_depend_on_what_is_kept(keep, stepping, by_states):
+    got = gradient(Y0, WEIGHTS, aj.DiscreteAdjoint(keep=KEEPS[keep]), *STEPPING[stepping])
+    np.testing.assert_allclose(got, by_states[stepping], rtol=1e-11, atol=1e-12)
+
+
+def compiled(keep):
+    def final(y0, weights):
+        adjoint = aj.DiscreteAdjoint(keep=keep)
+        return jnp.sum(aj.solve(network, 0.0, 2.0, y0, weights, solver=aj.RK4(), controller=GRID, adjoint=adjoint).ys)
+
+    return jax.jit(jax.grad(final, (0, 1))).lower(Y0[:1], WEIGHTS).compile()
+
+
+GRID = aj.FixedSteps(30)
+
+
+def test_linearisations_are_computed_once_and_weights_not_kept_with_them():
+    """The field's hyperbolic tangents in the compiled loops: four stages forward and, unless their linearisations are kept,
+    four on the way back. What is kept of every stage is of the size of the state, and weights are larger."""
+    states, linearisations = compiled(aj.KeepStates()), compiled(aj.KeepLinearisations())
+    assert states.as_text().count(" tanh(") == linearisations.as_text().count(" tanh(") + 4
+    more = linearisations.memory_analysis().temp_size_in_bytes - states.memory_analysis().temp_size_in_bytes
+    assert GRID.n * 4 * Y0[:1].nbytes < more < GRID.n * 4 * WEIGHTS.nbytes / 2
+
+
+def test_other_methods_have_states_alone():
+    solver = aj.Reversible(aj.RK4())
+    with pytest.raises(TypeError, match=r"KeepStages .* Reversible: use KeepStates\(\)"):
+        jax.grad(loss)(Y0, WEIGHTS, aj.DiscreteAdjoint(keep=aj.KeepStages()), solver, GRID)
