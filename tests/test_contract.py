@@ -246,3 +246,38 @@ def test_gradients_of_terminal_values_without_jit(method):
     compare(
         jax.grad(functools.partial(terminal_loss, method), (0, 1))(LANES[0], LOTKA_VOLTERRA), expected, LARGEST * TOLERANCE
     )
+
+
+# Checkpoints that divide what remains again and again
+
+
+def ring(t, y, rate):
+    """Thirty-two oscillators, each driven by its neighbour: states so large that segments are short."""
+    x, v = y.reshape(2, -1)
+    return jnp.concatenate([rate * v, -rate * jnp.sin(x) + 0.1 * jnp.sin(t) * jnp.roll(x, 1)])
+
+
+RING = jnp.sin(jnp.arange(64.0))
+
+
+def ring_loss(checkpoints, controller, rate, y0):
+    options = {"adjoint": aj.DiscreteAdjoint(checkpoints=checkpoints), "solver": aj.Heun(), "max_steps": 1024}
+    solution = aj.solve(ring, 0.0, 2.0, y0, rate, controller=controller, saveat=aj.SaveAt(jnp.array([0.3, 1.9])), **options)
+    return measure(solution.ys), solution.stats.accepted
+
+
+@functools.cache
+def ring_gradients(checkpoints, grid):
+    """Of one solve in 400 steps, or of lanes that choose their own."""
+    controller = aj.FixedSteps(400) if grid else aj.PIDController(rtol=1e-5, atol=1e-5)
+    gradient = jax.grad(functools.partial(ring_loss, checkpoints, controller), (0, 1), has_aux=True)
+    return jit(gradient if grid else jax.vmap(gradient, (0, None)))(3.0 if grid else jnp.array([0.4, 3.0, 1.0]), RING)
+
+
+@pytest.mark.parametrize("checkpoints", [1, 2, 3, 5])
+@pytest.mark.parametrize("grid", [True, False], ids=["given grid", "adaptive lanes"])
+def test_any_number_of_checkpoints_gives_the_same_gradient(checkpoints, grid):
+    expected, steps = ring_gradients(None, grid)
+    assert np.max(steps) > 300
+    assert grid or np.min(steps) < np.max(steps) / 3
+    compare(ring_gradients(checkpoints, grid)[0], expected, 1e-12)

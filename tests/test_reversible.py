@@ -1,6 +1,7 @@
 """Reversible methods: orders, inverses, stability, counts; and that `ReversibleAdjoint` is `DiscreteAdjoint` with them."""
 
 import jax
+import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -44,7 +45,6 @@ ORDERS = {
     aj.Reversible(aj.Tsit5(), 0.99): (5, 5),
     aj.ReversibleHeun(): (2, 2),
     aj.AsynchronousLeapfrog(): (2, 2),
-    aj.AsynchronousLeapfrog(0.8): (2, 2),
 }
 
 
@@ -64,6 +64,15 @@ def test_orders_of_steps_and_of_dense_output(solver, orders):
     assert np.min(errors) > 1e-12
     assert np.all(observed > np.array(orders) - 0.4), observed
     assert np.all(observed < np.array(orders) + 0.9), observed
+
+
+@pytest.mark.xfail(strict=True, reason="With damping, v lags behind dy/dt by O(h): the method is of order 1, but says 2")
+def test_the_order_of_the_damped_leapfrog():
+    solver, errors = aj.AsynchronousLeapfrog(0.8), []
+    for steps in (80, 160):
+        y1 = aj.solve(field, 0.3, 2.3, exact(0.3), solver=solver, controller=aj.FixedSteps(steps)).ys[0]
+        errors.append(np.abs(y1 - exact(2.3)).max())
+    assert np.log2(errors[0] / errors[1]) == pytest.approx(solver.order, abs=0.4)
 
 
 # Inverses
@@ -131,7 +140,7 @@ def test_stability_on_the_imaginary_axis_alone(solver):
 
 def test_damping_gives_the_leapfrog_a_region_of_stability():
     assert ends(aj.AsynchronousLeapfrog(0.7), -2.0, 4000) < 1e-12
-    assert ends(aj.AsynchronousLeapfrog(1.0), -2.0, 4000) > 1e6
+    assert ends(aj.AsynchronousLeapfrog(1.0), -2.0, 400) > 1e6
 
 
 def test_the_difference_of_the_pair_is_damped_by_the_coupling():
@@ -142,6 +151,28 @@ def test_the_difference_of_the_pair_is_damped_by_the_coupling():
     for n in range(1, 4):
         pair = solver.step(lambda t, y: 0.0 * y, interval, pair, None).after
         np.testing.assert_allclose(pair.y - pair.z, -1e-3 * 0.8**n, rtol=1e-10)
+
+
+@pytest.mark.xfail(strict=True, reason="The error estimate does not see y - z, which grows by coupling exp(h rate)")
+@pytest.mark.parametrize("tolerance", [1e-5, 1e-7])
+def test_an_adaptive_solve_of_a_decay_is_right_or_fails(tolerance):
+    """y = exp(-25 t) + exp(-t) of two decays: both components together."""
+    options = {"solver": aj.Reversible(aj.Bosh3()), "controller": aj.PIDController(tolerance, tolerance), "throw": False}
+    solution = aj.solve(linear, 0.0, 1.5, jnp.array([1.0, 1.0]), jnp.array([-25.0, -1.0]), **options)
+    error = np.abs(solution.ys[0] - np.exp(1.5 * np.array([-25.0, -1.0]))).max()
+    assert solution.status != aj.Status.SUCCESS or error < 1000 * tolerance
+
+
+@pytest.mark.xfail(strict=True, reason="Nothing looks whether the inverse comes back to y0: the gradient is a wrong number")
+def test_a_gradient_whose_inverse_loses_all_digits_is_guarded():
+    """A thousand steps, on each of which the inverse enlarges rounding errors by 1 / 0.9."""
+
+    def loss(rate):
+        options = {"solver": aj.Reversible(aj.RK4(), 0.9), "controller": aj.FixedSteps(1000)}
+        return aj.solve(linear, 0.0, 1.0, 1.0, rate, adjoint=aj.ReversibleAdjoint(), throw=False, **options).ys[0]
+
+    gradient = jax.grad(loss)(0.8)
+    assert np.isnan(gradient) or gradient == pytest.approx(np.exp(0.8), rel=1e-6)
 
 
 # Gradients
@@ -168,7 +199,7 @@ def jumping(t, y, args):
         ("ReversibleHeun", "adaptive", -1.5),
         ("ReversibleHeun", "jumps", 1.5),
         ("AsynchronousLeapfrog", "fixed", 1.5),
-        ("AsynchronousLeapfrog(0.9)", "adaptive", -1.5),
+        ("AsynchronousLeapfrog(0.9)", "fixed", -1.5),
     ],
 )
 def test_gradients_equal_those_of_the_discrete_adjoint(solver, controller, t1):

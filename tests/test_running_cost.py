@@ -64,17 +64,22 @@ METHODS += (aj.Reversible(aj.Bosh3()), aj.ReversibleHeun(), aj.AsynchronousLeapf
 
 @pytest.mark.parametrize("solver", METHODS, ids=lambda solver: type(solver).__name__)
 def test_the_cost_has_the_order_of_the_method(solver):
-    """y = exp(sin t), and the integral of cos(t) y^2, which is exp(2 sin t) / 2."""
+    """y = exp(sin t), and the integral of y + t dy/dt, which is t y."""
 
     def cost(steps):
         options = {"solver": solver, "controller": aj.FixedSteps(steps)}
-        solution = aj.solve(lambda t, y, a: jnp.cos(t) * y, 0.3, 2.3, np.exp(np.sin(0.3)), running_cost=weighted, **options)
-        return float(solution.cost)
+        return float(aj.solve(field, 0.3, 2.7, solution(0.3), running_cost=change_of_product, **options).cost)
 
-    def weighted(t, y, a):
-        return jnp.cos(t) * y**2
+    def field(t, y, args):
+        return jnp.cos(t) * y
 
-    exact = (np.exp(2 * np.sin(2.3)) - np.exp(2 * np.sin(0.3))) / 2
+    def change_of_product(t, y, args):
+        return y + t * jnp.cos(t) * y
+
+    def solution(t):
+        return np.exp(np.sin(t))
+
+    exact = 2.7 * solution(2.7) - 0.3 * solution(0.3)
     steps = {1: 200, 2: 80, 3: 50, 4: 40, 5: 12, 7: 12}[solver.order]
     coarse, fine = (abs(cost(n) - exact) for n in (steps, 2 * steps))
     assert fine > 1e-13
