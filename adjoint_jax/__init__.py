@@ -4,7 +4,8 @@ from adjoint_jax import diagnostics
 from adjoint_jax.adjoints.backsolve import BacksolveAdjoint
 from adjoint_jax.adjoints.discrete import DiscreteAdjoint
 from adjoint_jax.adjoints.forward_mode import ForwardMode
-from adjoint_jax.adjoints.interpolating import GaussAdjoint, InterpolatingAdjoint
+from adjoint_jax.adjoints.gauss import GaussAdjoint
+from adjoint_jax.adjoints.interpolating import InterpolatingAdjoint
 from adjoint_jax.adjoints.keep import KeepLinearisations, KeepStages, KeepStates
 from adjoint_jax.adjoints.reversible import ReversibleAdjoint
 from adjoint_jax.controllers.grids import FixedSteps, StepTo

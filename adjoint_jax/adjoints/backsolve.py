@@ -17,6 +17,7 @@ from adjoint_jax.adjoints.reverse_ode import (
     Observations,
     Reverse,
     ReverseState,
+    over_stages,
     prepared,
     reverse_integrator,
 )
@@ -88,7 +89,7 @@ class BacksolveAdjoint(AbstractContinuousAdjoint):
         observations = preceded_by_t0(way.problem, observations)
         integrator = reverse_integrator(way, self.solver, self.controller)
         integrator = eqx.tree_at(lambda i: i.controller, integrator, integrator.controller.on_pairs())
-        reverse, system = Reverse(integrator, integrator.solver.quadrature, dense=False), _Backward(way.problem, final.cost)
+        reverse, system = Reverse(integrator, over_stages(integrator.solver)), _Backward(way.problem, final.cost)
         largest = tree.map(jnp.maximum, tree.map(lambda sizes: jnp.max(sizes), _sizes(observations.states)), _size(final.y))
 
         def to_observation(state: ReverseState, observation: Observations) -> tuple[ReverseState, None]:

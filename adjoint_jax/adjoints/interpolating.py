@@ -1,13 +1,12 @@
 """Adjoints that solve for a(t) alone, backward, with y(t) from the interpolants of the forward steps."""
 
 import abc
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, DTypeLike, Int
 
 from adjoint_jax import tree
@@ -20,6 +19,7 @@ from adjoint_jax.adjoints.reverse_ode import (
     Observations,
     Reverse,
     ReverseState,
+    over_stages,
     prepared,
     reverse_integrator,
 )
@@ -32,7 +32,7 @@ from adjoint_jax.lanes import any_lane
 from adjoint_jax.problem import Problem
 from adjoint_jax.recorders import AbstractRecorder
 from adjoint_jax.solution import Status
-from adjoint_jax.solvers.solver import AbstractSolver, Nodes, Step
+from adjoint_jax.solvers.solver import AbstractSolver
 from adjoint_jax.tree import Arrays, Scalar
 
 
@@ -98,40 +98,7 @@ class InterpolatingAdjoint(AbstractInterpolatingAdjoint):
     checkpoints: int | None = eqx.field(static=True, default=None)
 
     def reverse(self, integrator: Integrator) -> Reverse:
-        return Reverse(integrator, integrator.solver.quadrature, dense=False)
-
-
-class GaussAdjoint(AbstractInterpolatingAdjoint):
-    """The continuous adjoint for many parameters: a(t) alone is the state of the reverse ODE, with y(t) from the forward
-    solution's dense output, and the parameters' integral is computed by Gauss-Legendre quadrature over each accepted step.
-
-    As `InterpolatingAdjoint`, but the nodes of the parameters' quadrature are chosen for it: `nodes` of them on each
-    accepted reverse step, with a(t) from that step's dense output. By default as many as the method's order asks for: half
-    of it, rounded up, for an error of the order of the method's own (three for Tsit5, which has six stages of its own).
-    A step's cost depends on the number of parameters through these nodes alone, all in one vjp.
-    """
-
-    solver: AbstractSolver | None = None
-    controller: AbstractController | None = None
-    checkpoints: int | None = eqx.field(static=True, default=None)
-    nodes: int | None = eqx.field(static=True, default=None)
-
-    def reverse(self, integrator: Integrator) -> Reverse:
-        count = -(-integrator.solver.order // 2) if self.nodes is None else self.nodes
-        return Reverse(integrator, gauss_legendre(integrator.solver, count), dense=True)
-
-
-def gauss_legendre(solver: AbstractSolver, count: int) -> Callable[[Step], Nodes]:
-    """The Gauss-Legendre nodes and weights on a step, with the states of its interpolant; exact to degree 2 count - 1."""
-    points, weights = np.polynomial.legendre.leggauss(count)
-
-    def nodes(step: Step) -> Nodes:
-        start, end = step.interval.start, step.interval.end
-        times = start + (end - start) * jnp.asarray((1 + points) / 2, start.dtype)
-        states = jax.vmap(solver.interpolant(step).evaluate)(times)
-        return Nodes(times, states, (end - start) * jnp.asarray(weights / 2, start.dtype))
-
-    return nodes
+        return Reverse(integrator, over_stages(integrator.solver))
 
 
 class _Stand(NamedTuple):

@@ -24,9 +24,9 @@ from adjoint_jax.controllers.controller import AbstractController
 from adjoint_jax.controllers.step_sizes import ConstantStepSize
 from adjoint_jax.integrate import Integrator
 from adjoint_jax.problem import Parameters, Problem, Rates
-from adjoint_jax.recorders import QuadratureRecorder
+from adjoint_jax.recorders import AbstractRecorder, QuadratureRecorder
 from adjoint_jax.solution import Status
-from adjoint_jax.solvers.solver import AbstractSolver, Nodes, Step
+from adjoint_jax.solvers.solver import AbstractSolver, Nodes
 from adjoint_jax.tree import Arrays, Scalar
 
 
@@ -104,25 +104,34 @@ class ReverseState(NamedTuple):
         return self._replace(status=status, failure=jnp.where(first, t, self.failure))
 
 
+Quadrature = Callable[[AbstractReverseSystem, ReverseState], AbstractRecorder]
+"""The recorder that adds the parameters' integral over accepted reverse steps to that of a state."""
+
+
 class Reverse(NamedTuple):
-    """How the reverse ODE is solved: an integrator, the nodes of the parameters' quadrature over a step, and whether these
-    are taken from the step's interpolant."""
+    """How the reverse ODE is solved, and the parameters' integral computed."""
 
     integrator: Integrator
-    nodes: Callable[[Step], Nodes]
-    dense: bool
+    quadrature: Quadrature
 
     def to(self, system: AbstractReverseSystem, start: ReverseState, t: Scalar) -> ReverseState:
         """Integrate backward to t. After a failure there is nothing to integrate, and values mean nothing."""
         problem = Problem(system.field, None, None, start.state, start.t, t)
-        quadrature = QuadratureRecorder(
-            self.nodes, system.integral, start.parameters, start.state, dense=self.dense, notes=1
-        )
-        outcome = self.integrator.restarted(start.h)(problem, [quadrature], start.status == Status.SUCCESS)
+        recorders = [self.quadrature(system, start)]
+        outcome = self.integrator.restarted(start.h)(problem, recorders, start.status == Status.SUCCESS)
         report, state = outcome.report, self.integrator.solver.output(outcome.state)
         h = jnp.where(report.stats.accepted > 0, jnp.abs(report.h), start.h)
         there = start._replace(t=t, state=state, parameters=outcome.records[0], h=h)
         return there.failing(report.status != Status.SUCCESS, report.status, report.reached)
+
+
+def over_stages(solver: AbstractSolver) -> Quadrature:
+    """The quadrature over the stages of the reverse method."""
+
+    def quadrature(system: AbstractReverseSystem, start: ReverseState) -> QuadratureRecorder:
+        return QuadratureRecorder(solver.quadrature, system.integral, start.parameters, start.state, notes=1)
+
+    return quadrature
 
 
 def prepared(controller: AbstractController, name: str, dtype: DTypeLike) -> AbstractController:

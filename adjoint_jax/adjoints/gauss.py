@@ -1,0 +1,197 @@
+"""The adjoint for many parameters: a(t) alone is integrated backward, dJ/dparameters by Gauss quadrature on its steps."""
+
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, DTypeLike, Float, Int
+
+from adjoint_jax import tree
+from adjoint_jax.adjoints.interpolating import AbstractInterpolatingAdjoint
+from adjoint_jax.adjoints.reverse_ode import AbstractReverseSystem, Quadrature, Reverse, ReverseState
+from adjoint_jax.controllers.controller import AbstractController, positive
+from adjoint_jax.integrate import Integrator
+from adjoint_jax.interpolation import Interpolant
+from adjoint_jax.lanes import any_lane
+from adjoint_jax.problem import Parameters, Problem
+from adjoint_jax.recorders import AbstractRecorder, Layout, Place, QuadratureRecorder
+from adjoint_jax.solvers.solver import AbstractSolver, Nodes, Step
+from adjoint_jax.tree import Arrays, Scalar
+
+
+class GaussAdjoint(AbstractInterpolatingAdjoint):
+    """The continuous adjoint for many parameters: a(t) alone is the state of the reverse ODE, with y(t) from the forward
+    solution's dense output, and the parameters' integral is computed by Gauss-Legendre quadrature over each accepted step.
+
+    As `InterpolatingAdjoint`, but the nodes of the parameters' quadrature are chosen for it, with a(t) from the accepted
+    reverse step's dense output. A step's cost depends on the number of parameters through these nodes alone, all in one
+    vjp.
+
+    - `solver`, `controller`, `checkpoints`: as in `InterpolatingAdjoint`.
+    - `nodes`: how many on each step; by default half the method's order, rounded up, for an error of the order of the
+      method's own (three for Tsit5, which has six stages of its own).
+    - `rtol`: control the quadrature's own error, which the reverse ODE's error estimate does not see where the parameters'
+      integrand varies faster than a(t) and y(t) do: on every step the seven nodes of Kronrod's extension of the three-point
+      rule are used, and the step is halved, and halved again, for the quadrature alone, until the two rules differ by less
+      than `rtol` times the largest entry of the integral so far (at most into 64 parts). Without it there is no such
+      control.
+    """
+
+    solver: AbstractSolver | None = None
+    controller: AbstractController | None = None
+    checkpoints: int | None = eqx.field(static=True, default=None)
+    nodes: int | None = eqx.field(static=True, default=None)
+    rtol: Any = None
+
+    def __check_init__(self) -> None:
+        if self.nodes is not None and self.nodes < 1:
+            raise ValueError(f"GaussAdjoint(nodes=...) must be at least 1, got {self.nodes}.")
+        if self.nodes is not None and self.rtol is not None:
+            raise ValueError("GaussAdjoint(rtol=...) chooses the nodes itself: leave nodes out.")
+
+    def prepare(self, dtype: DTypeLike) -> AbstractInterpolatingAdjoint:
+        adjoint = super().prepare(dtype)
+        if self.rtol is None:
+            return adjoint
+        rtol = positive("GaussAdjoint(rtol)", self.rtol, dtype)
+        return eqx.tree_at(lambda gauss: gauss.rtol, adjoint, rtol)
+
+    def reverse(self, integrator: Integrator) -> Reverse:
+        if self.rtol is not None:
+            return Reverse(integrator, _refined(integrator.solver, self.rtol))
+        count = -(-integrator.solver.order // 2) if self.nodes is None else self.nodes
+        return Reverse(integrator, _gauss_legendre(integrator.solver, count))
+
+
+class Rule(NamedTuple):
+    """A quadrature rule on [0, 1]."""
+
+    points: Float[np.ndarray, " nodes"]
+    weights: Float[np.ndarray, " nodes"]
+
+    def on(self, interpolant: Interpolant, begin: Scalar, end: Scalar) -> Nodes:
+        """Its nodes between two times, with the states of an interpolant."""
+        times = begin + (end - begin) * jnp.asarray(self.points, begin.dtype)
+        states = jax.vmap(interpolant.evaluate)(times)
+        return Nodes(times, states, (end - begin) * jnp.asarray(self.weights, begin.dtype))
+
+
+def gauss_legendre(count: int) -> Rule:
+    """The Gauss-Legendre rule, exact for polynomials of degree 2 count - 1."""
+    points, weights = np.polynomial.legendre.leggauss(count)
+    return Rule((1 + points) / 2, weights / 2)
+
+
+def kronrod() -> Rule:
+    """Kronrod's extension of the three-point rule: four more points, exact for polynomials of degree 11.
+
+    The points are the zeros of Legendre's polynomial P_3 and of Stieltjes' polynomial E_4 = x^4 - 10/9 x^2 + 155/891; the
+    weights follow from exactness. A. S. Kronrod, "Nodes and weights of quadrature formulas" (1965).
+    """
+    stieltjes = np.sqrt(np.roots([1.0, -10 / 9, 155 / 891]))
+    outer = np.concatenate([stieltjes, [np.sqrt(3 / 5)]])
+    points = np.sort(np.concatenate([outer, -outer, [0.0]]))
+    moments = [0.0 if degree % 2 else 2.0 / (degree + 1) for degree in range(7)]
+    return Rule((1 + points) / 2, np.linalg.solve(np.vander(points, increasing=True).T, moments) / 2)
+
+
+def _gauss_legendre(solver: AbstractSolver, count: int) -> Quadrature:
+    rule = gauss_legendre(count)
+
+    def nodes(step: Step) -> Nodes:
+        return rule.on(solver.interpolant(step), step.interval.start, step.interval.end)
+
+    def quadrature(system: AbstractReverseSystem, start: ReverseState) -> QuadratureRecorder:
+        return QuadratureRecorder(nodes, system.integral, start.parameters, start.state, dense=True, notes=1)
+
+    return quadrature
+
+
+def _refined(solver: AbstractSolver, rtol: Scalar) -> Quadrature:
+    def quadrature(system: AbstractReverseSystem, start: ReverseState) -> RefinedQuadratureRecorder:
+        return RefinedQuadratureRecorder(solver, system, start.parameters, start.state, rtol)
+
+    return quadrature
+
+
+MOST_PARTS = 64
+
+
+class _Divided(NamedTuple):
+    """The integral over one step divided into equal parts, and its error relative to what is asked."""
+
+    parts: Int[Array, ""]
+    integral: Parameters
+    error: Scalar
+
+
+class RefinedQuadratureRecorder(AbstractRecorder):
+    """Adds up the parameters' integral over accepted reverse steps, each divided until Gauss and Kronrod agree."""
+
+    solver: AbstractSolver
+    system: AbstractReverseSystem
+    so_far: Parameters
+    anywhere: Arrays
+    rtol: Scalar
+
+    @property
+    def interpolates(self) -> bool:
+        return True
+
+    @property
+    def longest_chunk(self) -> int:
+        return 1
+
+    def start(self, problem: Problem, layout: Layout) -> Parameters:
+        del problem, layout
+        return self.so_far
+
+    def note(self, step: Step, accepted: Bool[Array, ""]) -> Interpolant:
+        interpolant = self.solver.interpolant(step)
+        flat = interpolant._replace(
+            end=interpolant.start, y0=self.anywhere, coefficients=tree.zeros_like(interpolant.coefficients)
+        )
+        return tree.where(accepted, interpolant, flat)
+
+    def write(self, record: Parameters, place: Place, notes: Interpolant) -> Parameters:
+        del place
+        interpolant = tree.take(notes, jnp.int32(0))
+
+        def unresolved(divided: _Divided) -> Bool[Array, ""]:
+            return any_lane(self._is_unresolved(divided))
+
+        def halved(divided: _Divided) -> _Divided:
+            finer = self._divided(interpolant, record, 2 * divided.parts)
+            return tree.where(self._is_unresolved(divided), finer, divided)
+
+        whole = self._divided(interpolant, record, jnp.int32(1))
+        return tree.add(record, jax.lax.while_loop(unresolved, halved, whole).integral)
+
+    def _is_unresolved(self, divided: _Divided) -> Bool[Array, ""]:
+        return (divided.error > 1) & (divided.parts < MOST_PARTS)
+
+    def _divided(self, interpolant: Interpolant, record: Parameters, count: Int[Array, ""]) -> _Divided:
+        """The sum of Kronrod's rule over the parts, and of its differences from Gauss's."""
+        fine = kronrod()
+        difference = fine.weights.copy()
+        difference[1::2] -= gauss_legendre(3).weights
+        length = (interpolant.end - interpolant.start) / count
+
+        def add_part(i: Array, sums: tuple[Parameters, Parameters]) -> tuple[Parameters, Parameters]:
+            begin = interpolant.start + length * i
+            rules = (fine, Rule(fine.points, difference))
+            parts = (self.system.integral(rule.on(interpolant, begin, begin + length)) for rule in rules)
+            return tuple(tree.add(so_far, part) for so_far, part in zip(sums, parts, strict=True))
+
+        zero = tree.zeros_like(record)
+        integral, off = jax.lax.fori_loop(0, count, add_part, (zero, zero))
+        size = jnp.maximum(_largest(tree.add(record, integral)), jnp.finfo(length.dtype).tiny)
+        return _Divided(count, integral, (_largest(off) / (self.rtol * size)).astype(length.dtype))
+
+
+def _largest(parameters: Parameters) -> Scalar:
+    """The largest absolute value of any entry."""
+    leaves = jax.tree.leaves(parameters)
+    return jnp.max(jnp.stack([jnp.zeros(()), *(jnp.max(jnp.abs(leaf), initial=0.0) for leaf in leaves)]))
