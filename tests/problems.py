@@ -127,6 +127,16 @@ def compare(got, expected, rtol, where=""):
         assert error <= rtol, f"{where}{jax.tree_util.keystr(path)}: relative error {error:.2e} > {rtol:.0e}\n{a}\n{b}"
 
 
+def running_cost(price):
+    """Depends on the time, on the state, on args, and on a value that it closes over."""
+
+    def cost(t, y, args):
+        leaves = [leaf for leaf in jax.tree.leaves(args) if eqx.is_inexact_array(leaf)]
+        return price * (1 + 0.3 * sum(jnp.sum(leaf.real) for leaf in leaves)) * jnp.cos(t) * measure(y)
+
+    return cost
+
+
 def times(t0, *inner, t1):
     """Save times: at t0, inside (one of them twice), at t1."""
     return jnp.array([t0, *inner, inner[-1], t1])

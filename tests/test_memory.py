@@ -65,6 +65,41 @@ def test_backsolve_memory_is_flat():
     assert many <= few + 10_000 * TIMES + 1
 
 
+REVERSIBLE = {
+    "Reversible": aj.Reversible(aj.RK4()),
+    "ReversibleHeun": aj.ReversibleHeun(),
+    "AsynchronousLeapfrog": aj.AsynchronousLeapfrog(),
+}
+
+
+@pytest.mark.parametrize("solver", REVERSIBLE.values(), ids=REVERSIBLE)
+def test_reversible_memory_is_flat(solver):
+    """But for the times of the steps, of which XLA keeps some copies."""
+    few, some, many = (states(aj.ReversibleAdjoint(), aj.FixedSteps(n), solver=solver) for n in (100, 1000, 10_000))
+    assert few < WORK
+    assert some <= few + 1000 * 4 * TIMES + 1
+    assert many <= few + 10_000 * 4 * TIMES + 1
+
+
+@pytest.mark.parametrize("adjoint", [aj.InterpolatingAdjoint(), aj.GaussAdjoint()], ids=["interpolating", "gauss"])
+def test_interpolating_memory_grows_with_the_square_root(adjoint):
+    """A state at the start of every segment; the states and interpolants, of four states each, of the steps of one."""
+    for steps in (100, 1000, 10_000):
+        assert states(adjoint, aj.FixedSteps(steps)) < (1 + 1 + 4) * math.sqrt(steps) + WORK + steps * 4 * TIMES
+
+
+def test_default_memory_of_small_states_keeps_them_all():
+    """Up to 16 MiB of them: about 1,000 of this size."""
+    assert 1000 <= states(aj.DiscreteAdjoint(), aj.FixedSteps(1000)) < 1000 + 2 * WORK
+
+
+@pytest.mark.parametrize("steps", [100, 1000, 10_000])
+def test_few_checkpoints_and_one_segment(steps):
+    """Three checkpoints and a segment of the square root of all steps, of which XLA may keep a second copy."""
+    bound = 2 * (3 + math.sqrt(steps)) + WORK + steps * 4 * TIMES
+    assert states(aj.DiscreteAdjoint(checkpoints=3), aj.FixedSteps(steps)) < bound
+
+
 def test_default_memory_of_large_states_grows_with_the_square_root():
     """Above 16 MiB: 1,024 states and more of this size. Below, all states are kept."""
     assert 100 <= states(aj.DiscreteAdjoint(), aj.FixedSteps(100)) < 100 + 2 * WORK

@@ -1,0 +1,283 @@
+"""The contract of gradients: every adjoint, on every kind of problem, with respect to every input, for every observation.
+
+A loss is a weighted sum of functions of the row at t0, of those at ts, of that at t1, and of the cost. The weights and the
+tolerance are inputs of the program, so that each pair of an adjoint and a problem is compiled once, whatever is observed.
+The references are the derivatives of true solutions.
+"""
+
+import functools
+
+import jax
+import jax.flatten_util
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from problems import LOTKA_VOLTERRA, compare, jit, lotka_volterra, measure, problem, running_cost
+
+import adjoint_jax as aj
+
+METHODS = {
+    "discrete": (aj.Heun(), aj.DiscreteAdjoint()),
+    "checkpoints": (aj.Heun(), aj.DiscreteAdjoint(checkpoints=3)),
+    "reversible": (aj.Reversible(aj.Heun()), aj.ReversibleAdjoint()),
+    "backsolve": (aj.Heun(), aj.BacksolveAdjoint()),
+    "interpolating": (aj.Heun(), aj.InterpolatingAdjoint()),
+    "gauss": (aj.Heun(), aj.GaussAdjoint()),
+}
+MATRIX = {
+    "linear": ("checkpoints", "backsolve", "interpolating"),
+    "lotka_volterra": ("discrete", "reversible", "backsolve", "gauss"),
+    "backward": ("checkpoints", "reversible", "backsolve", "interpolating"),
+    "forced": ("discrete", "reversible", "backsolve", "interpolating"),
+    "network": ("discrete", "reversible", "backsolve", "gauss"),
+    "heat": ("checkpoints", "interpolating", "gauss"),
+    "complex": ("checkpoints", "reversible", "backsolve", "interpolating"),
+    "mixed": ("discrete", "reversible", "backsolve", "gauss"),
+}
+"""What is tested with what. `DiscreteAdjoint` with and without checkpoints share all code but one branch, and so do
+`InterpolatingAdjoint` and `GaussAdjoint` but for their quadratures: they take turns."""
+ROWS = 7
+RANDOM = np.random.default_rng(7).uniform(0.5, 1.5, ROWS + 1) * np.array([1, -1, 1, 1, -1, 1, 1, 1])
+
+
+def observing(*places):
+    weights = np.zeros(ROWS + 1)
+    weights[list(places)] = RANDOM[list(places)]
+    return weights
+
+
+OBSERVED = {
+    "everything": RANDOM,
+    "terminal": observing(6),
+    "ends": observing(0, 6),
+    "ts": observing(1, 2, 3, 4, 5),
+    "cost": observing(7),
+}
+"""Weights of the rows at t0, at ts (which are t0, two times, the latter again, and t1) and at t1, and of the cost."""
+
+
+def contract_problem(name):
+    case = problem(name)
+    return case._replace(inputs={**case.inputs, "price": jnp.array(0.8)})
+
+
+def total(weights, ys, cost):
+    return jnp.dot(weights, jnp.append(jax.vmap(measure)(ys, jnp.arange(1.0 * ROWS)), cost))
+
+
+def loss(case, solver, adjoint, inputs, weights, tolerance):
+    field, args = case.make(inputs["theta"])
+    solution = aj.solve(
+        field,
+        inputs["t0"],
+        inputs["t1"],
+        inputs["y0"],
+        args,
+        solver=solver,
+        controller=aj.PIDController(rtol=tolerance, atol=tolerance),
+        saveat=aj.SaveAt(inputs["ts"], t0=True, t1=True),
+        adjoint=adjoint,
+        running_cost=running_cost(inputs["price"]),
+        max_steps=16384,
+        throw=False,
+    )
+    return total(weights, solution.ys, solution.cost)
+
+
+def true_loss(case, inputs, weights):
+    """The cost by Gauss-Legendre quadrature along the true solution."""
+    t0, t1 = inputs["t0"], inputs["t1"]
+    points, quadrature = np.polynomial.legendre.leggauss(40)
+    nodes = t0 + (t1 - t0) * (1 + points) / 2
+    states = jax.vmap(lambda t: case.flow(inputs, t))(jnp.concatenate([inputs["ts"], t1[None], nodes]))
+    ys = jax.tree.map(lambda y, rest: jnp.concatenate([y[None], rest[: ROWS - 1]]), inputs["y0"], states)
+    along = jax.tree.map(lambda leaf: leaf[ROWS - 1 :], states)
+    _, args = case.make(inputs["theta"])
+    rates = jax.vmap(running_cost(inputs["price"]), (0, 0, None))(nodes, along, args)
+    return total(weights, ys, (t1 - t0) / 2 * jnp.dot(quadrature, rates))
+
+
+@functools.cache
+def true_gradient(name):
+    case = contract_problem(name)
+    program = jit(jax.grad(functools.partial(true_loss, case)))
+    return {observed: program(case.inputs, weights) for observed, weights in OBSERVED.items()}
+
+
+@functools.cache
+def gradient_program(name, method):
+    case = contract_problem(name)
+    program = jit(jax.grad(functools.partial(loss, case, *METHODS[method])))
+    return lambda observed, tolerance: program(case.inputs, OBSERVED[observed], tolerance)
+
+
+def errors(got, expected, slope):
+    """Of every input's gradient, relative to its largest entry; for t0, to the terms of <dJ/dy0, dy/dt>, which dJ/dt0 holds
+    and which may cancel each other."""
+
+    def leaves(key):
+        return [
+            (np.asarray(a), np.asarray(b)) for a, b in zip(*map(jax.tree.leaves, (got[key], expected[key])), strict=True)
+        ]
+
+    def error(pairs, scale):
+        return max((np.max(np.abs(a - b), initial=0.0) for a, b in pairs), default=0.0) / (scale + 1e-3)
+
+    scales = {key: max((np.max(np.abs(b), initial=0.0) for _, b in leaves(key)), default=0.0) for key in expected}
+    of_t0 = [np.sum(np.abs(a * f)) for a, f in zip(*map(jax.tree.leaves, (expected["y0"], slope)), strict=True)]
+    scales["t0"] = max(scales["t0"], *of_t0)
+    return {key: error(leaves(key), scales[key]) for key in expected}
+
+
+LARGEST = 300
+"""An error in tolerances: global errors are sums of local ones, and derivatives of them."""
+
+
+@pytest.mark.parametrize(("name", "method"), [(name, method) for name, methods in MATRIX.items() for method in methods])
+def test_gradients_of_all_that_is_observed(name, method):
+    """With respect to y0, leaves of the field, args, values that field and cost close over, t0, t1, and each of ts."""
+    case, gradient = contract_problem(name), gradient_program(name, method)
+    field, args = case.make(case.inputs["theta"])
+    slope = field(case.inputs["t0"], case.inputs["y0"], args)
+
+    def worst(observed, tolerance):
+        return max(errors(gradient(observed, tolerance), true_gradient(name)[observed], slope).values())
+
+    for observed in OBSERVED:
+        assert worst(observed, 1e-6) < LARGEST * 1e-6, observed
+    tight = worst("everything", 1e-8)
+    assert tight < LARGEST * 1e-8
+    assert tight < worst("everything", 1e-5) / 100
+
+
+@pytest.mark.parametrize("tolerance", [1e-5, 1e-8])
+def test_backsolve_gives_no_wrong_number_where_the_reversed_flow_is_unstable(tolerance):
+    """The heat equation backward in time, without any state saved on the way."""
+    case = contract_problem("heat")
+
+    def gradient(throw):
+        def loss(theta):
+            controller = aj.PIDController(rtol=tolerance, atol=tolerance)
+            options = {"controller": controller, "adjoint": aj.BacksolveAdjoint(), "throw": throw}
+            return aj.solve(*case.make(theta)[:1], 0.0, 1.5, case.inputs["y0"], theta, **options).ys.sum()
+
+        return jax.grad(loss)(case.inputs["theta"])
+
+    assert np.isnan(gradient(throw=False))
+    with pytest.raises((aj.SolveError, jax.errors.JaxRuntimeError), match="REVERSE_DRIFT"):
+        gradient(throw=True)
+
+
+# The same derivative by forward mode
+
+
+def forward_gradient(fn, inputs):
+    """`jax.grad` by forward mode: in JAX's convention, df/dx - i df/dy for a complex input x + i y."""
+    parts = jax.tree.map(lambda leaf: (leaf.real, leaf.imag) if jnp.iscomplexobj(leaf) else (leaf,), inputs)
+
+    def whole(part):
+        return part[0] + 1j * part[1] if len(part) == 2 else part[0]
+
+    def is_part(node):
+        return isinstance(node, tuple) and all(isinstance(one, jax.Array) for one in node)
+
+    flat, unravel = jax.flatten_util.ravel_pytree(parts)
+    derivative = jax.jacfwd(lambda flat: fn(jax.tree.map(whole, unravel(flat), is_leaf=is_part)))(flat)
+    return jax.tree.map(lambda part: jnp.conj(whole(part)), unravel(derivative), is_leaf=is_part)
+
+
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [("forced", "discrete"), ("complex", "checkpoints"), ("backward", "reversible")],
+)
+def test_exact_adjoints_equal_forward_mode_to_rounding(name, method):
+    case, solver = contract_problem(name), METHODS[method][0]
+
+    @jit
+    def forward(inputs, weights, tolerance):
+        return forward_gradient(lambda i: loss(case, solver, aj.ForwardMode(), i, weights, tolerance), inputs)
+
+    for observed in ("everything", "cost"):
+        expected = forward(case.inputs, OBSERVED[observed], 1e-4)
+        compare(gradient_program(name, method)(observed, 1e-4), expected, 1e-10, observed)
+
+
+# Terminal values alone, and transformations
+
+
+LANES = jnp.array([[1.2, 2.0], [0.4, 0.5], [2.0, 3.0]])
+TOLERANCE = 1e-7
+
+
+def true_terminal_loss(y0, theta):
+    return measure(problem("lotka_volterra").flow({"t0": 0.0, "y0": y0, "theta": theta}, 1.5))
+
+
+@functools.cache
+def true_lanes():
+    return jit(jax.vmap(jax.value_and_grad(true_terminal_loss, (0, 1)), (0, None)))(LANES, LOTKA_VOLTERRA)
+
+
+def terminal_loss(method, y0, theta):
+    solver, adjoint = METHODS[method]
+    controller = aj.PIDController(rtol=TOLERANCE, atol=TOLERANCE)
+    options = {"solver": solver, "controller": controller, "adjoint": adjoint, "max_steps": 16384}
+    return measure(aj.solve(lotka_volterra, 0.0, 1.5, y0, theta, **options).ys[0])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_gradients_of_terminal_values_in_lanes(method):
+    """vmap of value and gradient, and the gradient of a sum over vmap."""
+    loss = functools.partial(terminal_loss, method)
+
+    values, gradients = jit(jax.vmap(jax.value_and_grad(loss, (0, 1)), (0, None)))(LANES, LOTKA_VOLTERRA)
+    true_values, true_gradients = true_lanes()
+    np.testing.assert_allclose(values, true_values, rtol=LARGEST * TOLERANCE)
+    compare(gradients, true_gradients, LARGEST * TOLERANCE)
+    of_sum = jit(jax.grad(lambda y0s, theta: jax.vmap(loss, (0, None))(y0s, theta).sum(), (0, 1)))(LANES, LOTKA_VOLTERRA)
+    y0s, thetas = gradients
+    compare(of_sum, (y0s, jax.tree.map(lambda leaf: leaf.sum(0), thetas)), 1e-9)
+
+
+@pytest.mark.parametrize("method", ["reversible", "interpolating"])
+def test_gradients_of_terminal_values_without_jit(method):
+    y0s, thetas = true_lanes()[1]
+    expected = y0s[0], jax.tree.map(lambda leaf: leaf[0], thetas)
+    compare(
+        jax.grad(functools.partial(terminal_loss, method), (0, 1))(LANES[0], LOTKA_VOLTERRA), expected, LARGEST * TOLERANCE
+    )
+
+
+# Checkpoints that divide what remains again and again
+
+
+def ring(t, y, rate):
+    """Thirty-two oscillators, each driven by its neighbour: states so large that segments are short."""
+    x, v = y.reshape(2, -1)
+    return jnp.concatenate([rate * v, -rate * jnp.sin(x) + 0.1 * jnp.sin(t) * jnp.roll(x, 1)])
+
+
+RING = jnp.sin(jnp.arange(64.0))
+
+
+def ring_loss(checkpoints, controller, rate, y0):
+    options = {"adjoint": aj.DiscreteAdjoint(checkpoints=checkpoints), "solver": aj.Heun(), "max_steps": 1024}
+    solution = aj.solve(ring, 0.0, 2.0, y0, rate, controller=controller, saveat=aj.SaveAt(jnp.array([0.3, 1.9])), **options)
+    return measure(solution.ys), solution.stats.accepted
+
+
+@functools.cache
+def ring_gradients(checkpoints, grid):
+    """Of one solve in 400 steps, or of lanes that choose their own."""
+    controller = aj.FixedSteps(400) if grid else aj.PIDController(rtol=1e-5, atol=1e-5)
+    gradient = jax.grad(functools.partial(ring_loss, checkpoints, controller), (0, 1), has_aux=True)
+    return jit(gradient if grid else jax.vmap(gradient, (0, None)))(3.0 if grid else jnp.array([0.4, 3.0, 1.0]), RING)
+
+
+@pytest.mark.parametrize("checkpoints", [1, 2, 3, 5])
+@pytest.mark.parametrize("grid", [True, False], ids=["given grid", "adaptive lanes"])
+def test_any_number_of_checkpoints_gives_the_same_gradient(checkpoints, grid):
+    expected, steps = ring_gradients(None, grid)
+    assert np.max(steps) > 300
+    assert grid or np.min(steps) < np.max(steps) / 3
+    compare(ring_gradients(checkpoints, grid)[0], expected, 1e-12)
