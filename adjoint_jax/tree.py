@@ -106,6 +106,11 @@ def all_finite(tree: Arrays) -> Bool[Array, ""]:
     return functools.reduce(operator.and_, [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)], jnp.array(True))
 
 
+def root_mean_squares(tree: Arrays) -> PyTree[Scalar]:
+    """The root mean square over the entries of each leaf."""
+    return map(lambda leaf: jnp.sqrt(jnp.sum(jnp.square(jnp.abs(leaf))) / max(leaf.size, 1)), tree)
+
+
 def any_nonzero(tree: Arrays) -> Bool[Array, ""]:
     """Whether any entry is not zero."""
     return functools.reduce(operator.or_, [jnp.any(leaf != 0) for leaf in jax.tree.leaves(tree)], jnp.array(False))

@@ -98,6 +98,18 @@ def is_zero(cotangent: PyTree[Any]) -> bool:
     return not jax.tree.leaves(cotangent)
 
 
+def cost_cotangent(problem: Problem, cotangent: PyTree[Any], failed: Bool[Array, ""]) -> Arrays:
+    """dJ/dcost; () for a problem without a cost."""
+    return () if problem.running_cost is None else blame(materialise(cotangent, problem.zero_cost()), failed)
+
+
+def relative_distance(y: Arrays, known: Arrays, size: PyTree[Scalar]) -> Scalar:
+    """How far the leaf that is worst off is from what it is known to be (root mean square), in parts of its size."""
+    off = tree.root_mean_squares(tree.map(lambda a, b: a - b, y, known))
+    parts = tree.map(lambda distance, unit: jnp.where(distance == 0, 0.0, distance / unit), off, size)
+    return jnp.max(jnp.stack([jnp.zeros(()), *jax.tree.leaves(parts)]))
+
+
 def blame(cotangent: Arrays, unreached: Bool[Array, "..."]) -> Arrays:
     """NaN for a cotangent that asks for the derivative of what was not reached, zero where nothing is asked.
 

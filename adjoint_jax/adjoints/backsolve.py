@@ -6,10 +6,10 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, DTypeLike, Float, PyTree
+from jaxtyping import Array, DTypeLike, Float
 
 from adjoint_jax import tree
-from adjoint_jax.adjoints.adjoint import Inputs, unknown_if
+from adjoint_jax.adjoints.adjoint import Inputs, relative_distance, unknown_if
 from adjoint_jax.adjoints.continuous import AbstractContinuousAdjoint, Final, Swept, preceded_by_t0
 from adjoint_jax.adjoints.reverse_ode import (
     AbstractReverseSystem,
@@ -59,7 +59,7 @@ class BacksolveAdjoint(AbstractContinuousAdjoint):
     solver: AbstractSolver | None = None
     controller: AbstractController | None = None
     checkpoints: int = eqx.field(static=True, default=0)
-    max_drift: Any = 0.05
+    max_drift: Any = 0.01
 
     def __check_init__(self) -> None:
         if self.checkpoints < 0:
@@ -90,12 +90,15 @@ class BacksolveAdjoint(AbstractContinuousAdjoint):
         integrator = reverse_integrator(way, self.solver, self.controller)
         integrator = eqx.tree_at(lambda i: i.controller, integrator, integrator.controller.on_pairs())
         reverse, system = Reverse(integrator, over_stages(integrator.solver)), _Backward(way.problem, final.cost)
-        largest = tree.map(jnp.maximum, tree.map(lambda sizes: jnp.max(sizes), _sizes(observations.states)), _size(final.y))
+        sizes = jax.vmap(tree.root_mean_squares)(observations.states)
+        largest = tree.map(lambda some, last: jnp.maximum(jnp.max(some), last), sizes, tree.root_mean_squares(final.y))
 
         def to_observation(state: ReverseState, observation: Observations) -> tuple[ReverseState, None]:
             before, state = state.t, reverse.to(system, state, observation.times)
             y, a = state.state
-            excessive = (before != observation.times) & ~(_drift(y, observation.states, largest) <= self.max_drift)
+            excessive = (before != observation.times) & ~(
+                relative_distance(y, observation.states, largest) <= self.max_drift
+            )
             state = state.failing(excessive & tree.any_nonzero((a, final.cost)), Status.REVERSE_DRIFT, observation.times)
             return state._replace(state=(observation.states, tree.add(a, observation.cotangents))), None
 
@@ -118,18 +121,3 @@ class _Backward(AbstractReverseSystem):
 
     def velocity(self, rates: Adjoint) -> tuple[Arrays, Arrays]:
         return rates.y, rates.a
-
-
-def _size(y: Arrays) -> PyTree[Scalar]:
-    """The root mean square over the entries of each leaf."""
-    return tree.map(lambda leaf: jnp.sqrt(jnp.sum(jnp.square(jnp.abs(leaf))) / max(leaf.size, 1)), y)
-
-
-_sizes = jax.vmap(_size)
-
-
-def _drift(y: Arrays, known: Arrays, largest: PyTree[Scalar]) -> Scalar:
-    """How far the leaf that is worst off has moved from where it is known to be, in parts of its largest size."""
-    off = _size(tree.map(lambda a, b: a - b, y, known))
-    parts = tree.map(lambda size, unit: jnp.where(size == 0, 0.0, size / unit), off, largest)
-    return jnp.max(jnp.stack([jnp.zeros(()), *jax.tree.leaves(parts)]))

@@ -20,6 +20,7 @@ from adjoint_jax.adjoints.adjoint import (
     Inputs,
     Saved,
     blame,
+    cost_cotangent,
     ends_cotangent,
     is_zero,
     materialise,
@@ -167,7 +168,7 @@ class _Asked:
             for rows, ys, row in zip(requests.rows, saved.rows, cotangent.rows, strict=True)
         ]
         self.y1 = blame(materialise(cotangent.y1, saved.y1), failed)
-        self.cost = blame(materialise(cotangent.cost, problem.zero_cost()), failed)
+        self.cost = cost_cotangent(problem, cotangent.cost, failed)
         self.sources = [
             Observations(rows.ts, ys, row)
             for rows, ys, row in zip(requests.rows, saved.rows, self.rows, strict=True)

@@ -18,6 +18,7 @@ from adjoint_jax.adjoints.adjoint import (
     Inputs,
     Saved,
     blame,
+    cost_cotangent,
     ends_cotangent,
     integrate,
     is_zero,
@@ -30,7 +31,8 @@ from adjoint_jax.adjoints.adjoint import (
     unknown_if,
 )
 from adjoint_jax.adjoints.rows import Pulled, RowPull, Steps, pull_row
-from adjoint_jax.adjoints.trail import AbstractTrail, Segment, Way
+from adjoint_jax.adjoints.trail import AbstractTrail, Segment, Walked, Way
+from adjoint_jax.errors import raise_on_reverse_failure
 from adjoint_jax.forward_only import gradient_once
 from adjoint_jax.integrate import Integrator, Report
 from adjoint_jax.problem import Parameters, Problem
@@ -38,7 +40,7 @@ from adjoint_jax.recorders import AbstractRecorder, RowRecorder
 from adjoint_jax.saveat import Requests, Rows
 from adjoint_jax.solution import Status
 from adjoint_jax.solvers.solver import StepOutputs
-from adjoint_jax.tree import Arrays
+from adjoint_jax.tree import Arrays, Scalar
 
 
 class AbstractExactAdjoint(AbstractAdjoint):
@@ -48,16 +50,21 @@ class AbstractExactAdjoint(AbstractAdjoint):
     def recorder(self, integrator: Integrator, inputs: Inputs) -> AbstractRecorder:
         """Records a trail."""
 
+    def drift_limit(self, problem: Problem) -> Scalar:
+        """How far the state recovered at t0 may be from y0, in parts of its size, before the gradient is in doubt."""
+        return jnp.full((), jnp.inf, problem.t0.dtype)
+
     def solve(
         self, integrator: Integrator, problem: Problem, requests: Requests, valid: Bool[Array, ""], *, throw: bool
     ) -> tuple[Saved, Report]:
-        del throw
-        return _solve(Inputs(problem, requests), integrator, valid, self)
+        return _solve(Inputs(problem, requests), integrator, valid, self, throw)
 
 
 @eqx.filter_custom_vjp
-def _solve(inputs: Inputs, integrator: Integrator, valid: Array, adjoint: AbstractExactAdjoint) -> tuple[Saved, Report]:
-    del adjoint
+def _solve(
+    inputs: Inputs, integrator: Integrator, valid: Array, adjoint: AbstractExactAdjoint, throw: bool
+) -> tuple[Saved, Report]:
+    del adjoint, throw
     return integrate(inputs, integrator, valid)
 
 
@@ -72,8 +79,14 @@ class _Residuals(NamedTuple):
 
 @_solve.def_fwd
 def _forward(
-    perturbed: Inputs, inputs: Inputs, integrator: Integrator, valid: Array, adjoint: AbstractExactAdjoint
+    perturbed: Inputs,
+    inputs: Inputs,
+    integrator: Integrator,
+    valid: Array,
+    adjoint: AbstractExactAdjoint,
+    throw: bool,
 ) -> tuple[tuple[Saved, Report], _Residuals]:
+    del throw
     wanted = recorders(inputs, integrator)
     times_wanted = [rows.ts for rows in perturbed.requests.rows]
     plain = [Rows(rows.ts, None) for rows, is_wanted in zip(inputs.requests.rows, times_wanted, strict=True) if is_wanted]
@@ -94,12 +107,19 @@ def _backward(
     integrator: Integrator,
     valid: Array,
     adjoint: AbstractExactAdjoint,
+    throw: bool,
 ) -> Inputs:
-    del valid, adjoint
+    del valid
     requests, solver = inputs.requests, integrator.solver
     problem = inputs.problem.without_cost() if is_zero(cotangent[0].cost) else inputs.problem
     sweep = _Sweep(Way(problem, integrator, residuals.report, residuals.last), requests, residuals.trail, cotangent[0])
-    swept = sweep.run()
+    swept, drift = sweep.run()
+    if drift is not None:
+        lost = sweep.asked & ~(drift <= adjoint.drift_limit(problem))
+        swept = unknown_if(lost, swept)
+        if throw:
+            status = jnp.where(lost, Status.REVERSE_DRIFT, Status.SUCCESS)
+            swept = raise_on_reverse_failure(swept, status, problem.t0)
 
     def start(y0: Arrays, parameters: Parameters) -> Arrays:
         return solver.start(dataclasses.replace(problem.at(parameters), y0=y0))
@@ -155,9 +175,10 @@ class _Sweep:
         failed = way.report.status != Status.SUCCESS
         self.row_cotangents = [self._rows(*pair) for pair in zip(requests.rows, cotangent.rows, strict=True)]
         y1 = blame(materialise(cotangent.y1, self.problem.y0), failed)
-        self.cost_cotangent = blame(materialise(cotangent.cost, self.problem.zero_cost()), failed)
+        self.cost_cotangent = cost_cotangent(self.problem, cotangent.cost, failed)
         asked = (y1, self.cost_cotangent, [g for g in self.row_cotangents if g is not None])
         self.blamed = failed & ~tree.all_finite(asked)
+        self.asked = tree.any_nonzero((asked, cotangent.dense, None if cotangent.states is None else cotangent.states.ys))
         self.y1_cotangent = unknown_if(self.blamed, y1)
         self.states = self.dense_y0 = self.dense_coefficients = None
         if cotangent.states is not None and not is_zero(cotangent.states.ys):
@@ -182,14 +203,15 @@ class _Sweep:
         given = materialise(cotangent, tree.buffer(slots, one))
         return tree.map(lambda leaf: jnp.pad(leaf, [(0, padding), *[(0, 0)] * (leaf.ndim - 1)]), given)
 
-    def run(self) -> _Swept:
+    def run(self) -> Walked:
         """From t1 to t0."""
         swept = _Swept(
             self.solver.from_output(self.way.last, self.y1_cotangent),
             unknown_if(self.blamed, tree.zeros_like(self.problem.parameters)),
             tuple(Pulled.nothing(rows, self.way) for rows in self.requests.rows),
         )
-        return self._observed_at_t0(self.trail.walk_back(self.way, self._reverse_segment, swept))
+        swept, drift = self.trail.walk_back(self.way, self._reverse_segment, swept)
+        return Walked(self._observed_at_t0(swept), drift)
 
     def _reverse_segment(self, segment: Segment, swept: _Swept) -> _Swept:
         chunk = self.trail.chunk

@@ -68,7 +68,7 @@ class AbstractInterpolatingAdjoint(AbstractContinuousAdjoint):
         h = jnp.abs(way.report.reached - way.problem.t0) / jnp.maximum(way.report.stats.accepted, 1)
         start = ReverseState.beginning(final.t, final.a, final.parameters, h)
         stand = _Stand(start, jnp.full((), len(observations.times), jnp.int32))
-        end, left = trail.walk_back(way, sweep.over_segment, stand)
+        end, left = trail.walk_back(way, sweep.over_segment, stand).carry
         at_t0 = tree.keep_rows(jnp.arange(len(observations.times)) < left, observations.cotangents)
         a = tree.add(end.state, tree.map(lambda leaf: jnp.sum(leaf, axis=0), at_t0))
         a, parameters = unknown_if(end.status != Status.SUCCESS, (a, end.parameters))

@@ -28,7 +28,7 @@ from jaxtyping import Array, Bool, Float, Int
 from adjoint_jax import tree
 from adjoint_jax.adjoints.adjoint import Inputs
 from adjoint_jax.adjoints.keep import AbstractKeep, bytes_kept, shapes_kept
-from adjoint_jax.adjoints.trail import AbstractTrail, Carry, Segment, Way
+from adjoint_jax.adjoints.trail import AbstractTrail, Carry, Segment, Walked, Way
 from adjoint_jax.integrate import Integrator, chunk_length, round_up
 from adjoint_jax.lanes import max_lane
 from adjoint_jax.problem import Problem
@@ -57,10 +57,10 @@ class Tape(AbstractTrail):
     def chunk(self) -> int:
         return self.layout.chunk
 
-    def walk_back(self, way: Way, visit: Callable[[Segment, Carry], Carry], carry: Carry) -> Carry:
+    def walk_back(self, way: Way, visit: Callable[[Segment, Carry], Carry], carry: Carry) -> Walked:
         count, segment = max_lane(way.report.slots), self.layout.segment
         if self.layout.segments == 1:
-            return visit(Segment(jnp.zeros((), jnp.int32), count, self.recent), carry)
+            return Walked(visit(Segment(jnp.zeros((), jnp.int32), count, self.recent), carry), None)
         segments = (count + segment - 1) // segment
 
         def visit_last(going: _Going) -> _Going:
@@ -72,7 +72,7 @@ class Tape(AbstractTrail):
             return _Going(index, stack, kept, visit(Segment(begin, end - begin, kept), going.carry))
 
         going = _Going(segments, _Stack.of(self, segments), self.recent, carry)
-        return jax.lax.while_loop(lambda going: going.left > 0, visit_last, going).carry
+        return Walked(jax.lax.while_loop(lambda going: going.left > 0, visit_last, going).carry, None)
 
     def _first_state(self, way: Way, index: Int[Array, ""], stack: "_Stack") -> tuple[Arrays, "_Stack"]:
         """The state at the start of a segment, and the checkpoints without that one."""

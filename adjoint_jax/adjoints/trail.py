@@ -45,6 +45,14 @@ class Way(NamedTuple):
         return self.integrator.controller.interval(start, end)
 
 
+class Walked(NamedTuple):
+    """What was carried back to t0; and how far the state recovered there is from y0, in parts of its size, or None where
+    states are recorded rather than recovered."""
+
+    carry: Any
+    drift: Scalar | None
+
+
 class AbstractTrail(eqx.Module):
     """A record of the forward integration. A step of no length stands for none."""
 
@@ -70,5 +78,5 @@ class AbstractTrail(eqx.Module):
         return way.interval(tree.take(self.times, slot), tree.take(self.times, slot + 1))
 
     @abc.abstractmethod
-    def walk_back(self, way: Way, visit: Callable[[Segment, Carry], Carry], carry: Carry) -> Carry:
+    def walk_back(self, way: Way, visit: Callable[[Segment, Carry], Carry], carry: Carry) -> Walked:
         """Visit all steps in segments, from the last segment to the first."""

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import equinox as eqx
 import jax.numpy as jnp
+from jaxtyping import Array
 
 from adjoint_jax import tree
 from adjoint_jax.interpolation import Interpolant
@@ -33,6 +34,15 @@ def _difference(a: Arrays, b: Arrays) -> Arrays:
     return tree.map(lambda x, y: x - y, a, b)
 
 
+def _parting(y: Arrays, z: Arrays, y1: Arrays, z1: Arrays) -> Arrays:
+    """By how much the two approximations have moved away from each other in a step."""
+    return tree.map(lambda a, b, a1, b1: (a1 - b1) - (a - b), y, z, y1, z1)
+
+
+def _larger(a: Array, b: Array) -> Array:
+    return jnp.where(jnp.abs(a) >= jnp.abs(b), a, b)
+
+
 def _reversed(interval: Interval) -> Interval:
     return Interval(interval.end, interval.start, interval.last, interval.first)
 
@@ -43,9 +53,13 @@ class Reversible(AbstractReversibleSolver):
         y1 = c y + (1 - c) z + Psi_h(t, z),        z1 = z - Psi_{-h}(t + h, y1),
 
     of the order of `base`, for twice its evaluations (S. McCallum and J. Foster, "Efficient, accurate and stable gradients
-    for neural ODEs", arXiv:2410.11648). The inverse divides by c: rounding errors grow by 1 / c from step to step on the
-    way back, and the difference y - z is damped by c on the way forward. Error estimate and dense output are those of
-    `base`, the latter tilted so that it ends in y1.
+    for neural ODEs", arXiv:2410.11648). The dense output is that of `base`, tilted so that it ends in y1; the error
+    estimate is that of `base` or, where it is larger, the change of y - z.
+
+    Stability: the inverse divides by c, so that rounding errors grow by 1 / c from step to step on the way back. Where the
+    solution decays like exp(-rate t), the difference y - z changes by about c exp(rate h) in a step: it grows, and destroys
+    the solution, if rate h > -log(c). Adaptive steps are kept below that; given steps must be chosen so. For dissipative
+    problems other adjoints are cheaper.
 
     - `base`: an explicit method. `coupling`: c, above 0 and at most 1.
     """
@@ -91,7 +105,9 @@ class Reversible(AbstractReversibleSolver):
         forward = self.base.step(field, interval, z, None)
         y1 = tree.add(tree.scale(c, y), tree.scale(1 - c, z), _difference(forward.after, z))
         backward = self.base.step(field, _reversed(interval), y1, None)
-        return forward._replace(before=state, after=Pair(y1, _difference(z, _difference(backward.after, y1))))
+        z1 = _difference(z, _difference(backward.after, y1))
+        error = None if forward.error is None else tree.map(_larger, forward.error, _parting(y, z, y1, z1))
+        return forward._replace(before=state, after=Pair(y1, z1), error=error)
 
     def inverse(self, field: Field, interval: Interval, state: Pair) -> Pair:
         (y1, z1), c = state, self.coupling
@@ -208,7 +224,7 @@ class StateAndVelocity(NamedTuple):
 
 
 class AsynchronousLeapfrog(AbstractReversibleSolver):
-    """The asynchronous leapfrog method: order 2, one evaluation per step, Euler's method embedded, dense output of order 2.
+    """The asynchronous leapfrog method: order 2 (1 if damped), one evaluation per step, Euler's method embedded.
 
         u = f(t + h / 2, y + h / 2 v),        v1 = (1 - 2 eta) v + 2 eta u,        y1 = y + h / 2 (v + v1).
 
@@ -228,7 +244,7 @@ class AsynchronousLeapfrog(AbstractReversibleSolver):
 
     @property
     def order(self) -> int:
-        return 2
+        return 2 if self.damping == 1 else 1
 
     @property
     def error_order(self) -> int:
