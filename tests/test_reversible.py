@@ -190,12 +190,9 @@ def jumping(t, y, args):
 @pytest.mark.parametrize(
     ("solver", "controller", "t1"),
     [
-        ("Reversible(Bosh3)", "adaptive", 1.5),
         ("Reversible(Bosh3)", "jumps", 1.5),
         ("Reversible(RK4, 0.9)", "fixed", -1.5),
         ("ReversibleHeun", "adaptive", -1.5),
-        ("ReversibleHeun", "jumps", 1.5),
-        ("AsynchronousLeapfrog", "fixed", 1.5),
         ("AsynchronousLeapfrog(0.9)", "fixed", -1.5),
     ],
 )
