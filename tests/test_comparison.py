@@ -146,7 +146,7 @@ def test_a_loss_that_is_not_finite():
     with pytest.raises(ValueError, match="reference, or its gradient, is not finite"):
         compare_adjoints(loss, jnp.array(-1.0), [aj.DiscreteAdjoint()], count=False)
     comparison = compare_adjoints(loss, jnp.array(-1.0), [aj.DiscreteAdjoint()], reference=jnp.array(1.0))
-    assert comparison.rows[0].failure == "the loss, so the forward solve, is not finite"
+    assert comparison.rows[0].failure == "the loss is not finite"
 
 
 # How it is asked for

@@ -168,7 +168,7 @@ class _Comparison(NamedTuple):
             return _reason(error)
         if _all_finite([value, *gradient]):
             return _Trial(program, float(value), gradient)
-        return self.diagnosed(method, "the gradient" if np.isfinite(value) else "the loss, so the forward solve,")
+        return self.diagnosed(method, "the gradient" if np.isfinite(value) else "the loss")
 
     def diagnosed(self, method: Method, what: str) -> str:
         """Why something is not finite, if an adjoint that raises knows it."""

@@ -20,32 +20,34 @@ def plot(points: list[Point], notes: list[str], good_enough: float, target: Any)
     """
     try:
         from matplotlib.figure import Figure
+        from matplotlib.ticker import LogLocator
     except ImportError as error:
         raise ImportError("Plots need matplotlib: pip install 'adjoint_jax[examples]'.") from error
-    if not isinstance(target, str | Path):
-        return _draw(points, notes, good_enough, target)
     figure = Figure(figsize=(7.2, 3.6), dpi=130, layout="constrained")
-    axes = _draw(points, notes, good_enough, figure.subplots())
-    figure.savefig(target)
+    axes = figure.subplots() if isinstance(target, str | Path) else target
+    _draw(points, notes, good_enough, axes)
+    axes.xaxis.set(major_formatter="{x:g}", minor_locator=LogLocator(subs=(2, 5)), minor_formatter="{x:g}")
+    if isinstance(target, str | Path):
+        figure.savefig(target)
     return axes
 
 
-def _draw(points: list[Point], notes: list[str], good_enough: float, axes: Any) -> Any:
+def _draw(points: list[Point], notes: list[str], good_enough: float, axes: Any) -> None:
     floor = _floor([point.error for point in points], good_enough)
     largest = max((point.temporary_bytes for point in points), default=0)
+    handles = []
     for index, point in enumerate(points):
         at, area = (point.milliseconds, max(point.error, floor)), 30 + 400 * point.temporary_bytes / max(largest, 1)
-        axes.scatter(*at, s=area, color=f"C{index}", alpha=0.6, linewidths=0, label=point.label)
-        axes.plot(*at, marker=".", color=f"C{index}", markersize=3)
-    axes.axhline(good_enough, color="#777777", linewidth=0.8, linestyle="--", label="good enough")
+        handles += [axes.scatter(*at, s=area, color=f"C{index}", alpha=0.6, linewidths=0, label=point.label)]
+    limit = axes.axhline(good_enough, color="#777777", linewidth=0.8, linestyle="--", label="good enough")
     axes.set(xscale="log", yscale="log", xlabel="time of loss and gradient (ms)", ylabel="relative error of the gradient")
     axes.margins(x=0.2, y=0.15)
     axes.spines[["top", "right"]].set_visible(False)
-    legend = axes.legend(loc="upper left", bbox_to_anchor=(1.02, 1.0), frameon=False, fontsize=8, title="temporary memory")
+    options = {"loc": "upper left", "bbox_to_anchor": (1.02, 1.0), "frameon": False, "fontsize": 8}
+    legend = axes.legend(handles=[*handles, limit], title="temporary memory", **options)
     for handle in legend.legend_handles[: len(points)]:
         handle.set_sizes([40])
     axes.set_title("\n".join(notes), fontsize=8, loc="left", color="#cc3311")
-    return axes
 
 
 def _floor(errors: list[float], good_enough: float) -> float:

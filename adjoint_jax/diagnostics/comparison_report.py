@@ -199,6 +199,10 @@ _MUCH, _FEW = 4, 1.5
 _SMALL_BYTES = 2**20
 """Nobody is short of that much memory."""
 
+_OF_THE_SOLVE = (
+    "Exact for the computed solution, so this is how the solve depends on its inputs: tighten its tolerances. On a stiff "
+    "problem steps at the limit of stability may amplify what the solution does not contain: take InterpolatingAdjoint."
+)
 _INACCURATE: dict[type[AbstractAdjoint], str] = {
     BacksolveAdjoint: (
         "If tighter tolerances do not help, the reversed flow loses the state (see reconstruction_error): give it "
@@ -212,8 +216,8 @@ _INACCURATE: dict[type[AbstractAdjoint], str] = {
         "Reversible methods are unstable where there is damping, and their inverse enlarges rounding errors from step to "
         "step: take another method with DiscreteAdjoint; without damping fewer steps, a coupling nearer to 1, or float64."
     ),
-    DiscreteAdjoint: "Exact for the computed solution, so this is the error of the solve: tighten its tolerances.",
-    ForwardMode: "Exact for the computed solution, so this is the error of the solve: tighten its tolerances.",
+    DiscreteAdjoint: _OF_THE_SOLVE,
+    ForwardMode: _OF_THE_SOLVE,
 }
 
 _HEADER = (

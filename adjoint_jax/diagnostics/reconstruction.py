@@ -113,14 +113,17 @@ class Reconstruction:
             return []
         return [
             f"The problem looks stiff: with tolerances {LOOSER:.0f} times as large the steps are "
-            f"{self.loosened.attempts.steps} instead of {self.forward.steps}, so stability limits them, not accuracy."
+            f"{self.loosened.attempts.steps} instead of {self.forward.steps}, so stability limits them, not accuracy. "
+            "What such steps amplify, and the solution does not contain, DiscreteAdjoint() may amplify: use "
+            "InterpolatingAdjoint()."
         ]
 
 
 LOOSER = 100.0
 FEWEST = 16
 _UNSTABLE = (
-    "BacksolveAdjoint() will fail or be wrong: use DiscreteAdjoint() or InterpolatingAdjoint(), or give it checkpoints."
+    "BacksolveAdjoint() will fail or be wrong: give it checkpoints, or use InterpolatingAdjoint() or, if the problem is "
+    "not stiff, DiscreteAdjoint()."
 )
 
 
