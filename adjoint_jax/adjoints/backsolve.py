@@ -52,7 +52,7 @@ class BacksolveAdjoint(AbstractContinuousAdjoint):
 
     Memory: O(1) in the number of steps, O(number of save times + checkpoints). The gradient differs from the exact
     derivative of the computed solution by O(tolerance), and is right only where the reversed flow is stable: on dissipative
-    problems use `InterpolatingAdjoint` or `DiscreteAdjoint`. If the reverse integration fails, the gradient is NaN, and
+    problems use `InterpolatingAdjoint` or `GaussAdjoint`. If the reverse integration fails, the gradient is NaN, and
     with `throw=True` an error is raised.
     """
 

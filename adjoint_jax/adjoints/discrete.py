@@ -14,7 +14,9 @@ class DiscreteAdjoint(AbstractExactAdjoint):
 
     The transposed method is itself a Runge-Kutta method for the adjoint ODE, on the forward's grid (derivation in
     `solvers/explicit_runge_kutta.py`). Step sizes are constants of the derivative; derivatives with respect to t0, t1 and
-    `ts` are those of the flow, f at that time.
+    `ts` are those of the flow, f at that time. Where an explicit method's steps are near its limit of stability, the
+    computed solution can depend on directions that it does not contain much more than the true one does, and so does this
+    gradient: on stiff problems use `InterpolatingAdjoint` or `GaussAdjoint`.
 
     Times are recorded for all steps. States are kept at checkpoints, the starts of some segments of steps, and throughout
     the last segment; the steps of an earlier segment are taken again, on the recorded grid, when its turn comes.

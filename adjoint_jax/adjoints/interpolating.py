@@ -149,9 +149,16 @@ class _SegmentSweep(NamedTuple):
             taken = integrator.solver.step(problem.field, self.way.interval(start, end), state, None)
             return integrator.solver.interpolant(integrator.solver.with_dense_stages(problem.field, taken))
 
-        starts = tree.take_block(self.trail.times, segment.begin, length)
-        ends = tree.take_block(self.trail.times, segment.begin + 1, length)
-        return jax.lax.map(interpolant, (starts, ends, segment.kept), batch_size=self.trail.chunk)
+        def add_chunk(index: Array, interpolants: Interpolant) -> Interpolant:
+            first, chunk = index * self.trail.chunk, self.trail.chunk
+            starts = tree.take_block(self.trail.times, segment.begin + first, chunk)
+            ends = tree.take_block(self.trail.times, segment.begin + first + 1, chunk)
+            block = jax.vmap(interpolant)((starts, ends, tree.take_block(segment.kept, first, chunk)))
+            return tree.put_block(interpolants, first, block)
+
+        one = jax.eval_shape(interpolant, (problem.t0, problem.t0, integrator.solver.start(problem)))
+        chunks = (segment.steps + self.trail.chunk - 1) // self.trail.chunk
+        return jax.lax.fori_loop(0, chunks, add_chunk, tree.buffer(length, one))
 
 
 class _Along(AbstractReverseSystem):

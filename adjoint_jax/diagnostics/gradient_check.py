@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Inexact, Int, PyTree
 from adjoint_jax import tree
 from adjoint_jax.diagnostics.finite_differences import RUNGS, Derivative, Values, differentiate, ladder
 from adjoint_jax.diagnostics.gradient_report import Comparison, GradientReport, Verdict
+from adjoint_jax.diagnostics.losses import differentiable, real_scalar
 from adjoint_jax.tree import Arrays, Scalar
 
 Loss = Callable[[PyTree[Any]], Any]
@@ -78,7 +79,7 @@ def gradient_report(
     _check_options(loss, directions, batch_size, {"rtol": rtol, "atol": atol, "largest_step": largest_step})
     arrays, static = eqx.partition(inputs, eqx.is_array)
     arrays = tree.map(jnp.asarray, arrays)
-    paths, epsilon = _differentiable(arrays)
+    paths, epsilon = _coarsest(arrays)
     steps = ladder(epsilon, largest_step)
     plan = _plan(len(paths), directions, steps, batch_size)
     measured = _measure(loss, arrays, static, in_axes, plan, jax.random.key(seed))
@@ -157,7 +158,7 @@ def _measure_lane(loss: Loss, inputs: PyTree[Any], plan: Plan, key: Any) -> Meas
     vectors = _random_vectors(x, plan.draws, key)
 
     def evaluate(x: list[Array]) -> Scalar:
-        return _real_scalar(loss(eqx.combine(jax.tree.unflatten(structure, x), rest)))
+        return real_scalar(loss(eqx.combine(jax.tree.unflatten(structure, x), rest)))
 
     def along(direction: Direction) -> list[Array]:
         alone = [(direction.leaf == i) | (direction.leaf == len(x)) for i in range(len(x))]
@@ -197,12 +198,6 @@ def _random_vectors(x: list[Array], draws: int, key: Any) -> list[Inexact[Array,
     ends = np.cumsum([leaf.size for leaf in x])
     uniform = jax.random.uniform(key, (2, draws, int(ends[-1])))
     return [vectors(leaf, numbers) for leaf, numbers in zip(x, jnp.split(uniform, ends[:-1], axis=-1), strict=True)]
-
-
-def _real_scalar(value: Any) -> Scalar:
-    if not (eqx.is_array_like(value) and jnp.ndim(value) == 0 and jnp.issubdtype(jnp.result_type(value), jnp.floating)):
-        raise TypeError(f"loss(inputs) must return a real floating-point scalar, got {eqx.tree_pformat(value)}.")
-    return jnp.asarray(value)
 
 
 # What is made of it
@@ -264,16 +259,10 @@ def _comparison(path: str, lane: int | None, judgement: Judgement, at: tuple[int
 # What is given
 
 
-def _differentiable(arrays: Arrays) -> tuple[list[str], float]:
+def _coarsest(arrays: Arrays) -> tuple[list[str], float]:
     """Where the differentiable leaves are, and the machine epsilon of the coarsest of them."""
-    leaves = jax.tree_util.tree_leaves_with_path(eqx.filter(arrays, eqx.is_inexact_array))
-    if not leaves:
-        raise ValueError(
-            "inputs hold no real or complex floating-point array to differentiate (Python floats are left as they are: "
-            "write jnp.asarray(1.0) for 1.0)."
-        )
-    paths = [f"inputs{jax.tree_util.keystr(path)}" for path, _ in leaves]
-    return paths, max(float(jnp.finfo(leaf.dtype).eps) for _, leaf in leaves)
+    leaves = differentiable(arrays)
+    return list(leaves), max(float(jnp.finfo(leaf.dtype).eps) for leaf in leaves.values())
 
 
 def _check_options(loss: Any, directions: Any, batch_size: Any, numbers: dict[str, float | None]) -> None:

@@ -4,6 +4,8 @@ import enum
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from adjoint_jax.diagnostics.table import aligned
+
 
 class Verdict(enum.IntEnum):
     """What finite differences say of a gradient, in the order of severity."""
@@ -78,7 +80,7 @@ class GradientReport:
     def __str__(self) -> str:
         paths = dict.fromkeys(one.path for one in self._all)
         worst = [max((one for one in self._all if one.path == path), key=lambda one: one.severity) for path in paths]
-        return "\n".join([self._headline(), "", *_aligned([_HEADER, *map(_cells, worst)]), *self._lanes()])
+        return "\n".join([self._headline(), "", *aligned([_HEADER, *map(_cells, worst)]), *self._lanes()])
 
     @property
     def _all(self) -> tuple[Comparison, ...]:
@@ -126,16 +128,6 @@ def _cells(one: Comparison) -> tuple[str, ...]:
     lane = "-" if one.lane is None else str(one.lane)
     derivatives = f"{one.gradient:.8g}", f"{one.numerical:.8g}"
     return one.path, lane, *derivatives, f"{one.uncertainty:.1e}", f"{one.relative_error:.1e}", one.verdict.name.lower()
-
-
-def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
-    """The first column and the last to the left, numbers to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for first, *numbers, last in rows:
-        middle = [number.rjust(width) for number, width in zip(numbers, widths[1:-1], strict=True)]
-        lines.append("  ".join([first.ljust(widths[0]), *middle, last]))
-    return lines
 
 
 def _listed(lanes: list[str]) -> str:

@@ -1,0 +1,159 @@
+"""Counts of what the gradient of a solve does with the vector field, as the compiled program executes it.
+
+An adjoint is handed the problem that it solves: `CountingAdjoint` hands on the same problem with a field that is counted.
+So nothing of the user's has to be wrapped, and programs that are not counted have no trace of it.
+"""
+
+import functools
+import math
+import threading
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, DTypeLike, PyTree
+
+from adjoint_jax import tree
+from adjoint_jax.adjoints.adjoint import AbstractAdjoint, Saved
+from adjoint_jax.adjoints.forward_mode import ForwardMode
+from adjoint_jax.integrate import Integrator, Report
+from adjoint_jax.problem import Problem, VectorField
+from adjoint_jax.saveat import Requests
+from adjoint_jax.tree import Arrays, Scalar
+
+
+class Counts(NamedTuple):
+    """How often something was executed; the lanes of a `vmap` count one by one.
+
+    - `evaluations`: the vector field, where its value is used.
+    - `state_products`: its vector-Jacobian product with respect to y, or its Jacobian-vector product in forward mode.
+    - `parameter_products`: the same with respect to its own arrays and `args`, of all of them at once.
+    """
+
+    evaluations: int
+    state_products: int
+    parameter_products: int
+
+
+class Counter:
+    """Counts calls from compiled programs. Callbacks may come from several threads."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._lock = threading.Lock()
+
+    def __call__(self, t: Array, finite: Array) -> np.ndarray:
+        """Count the lanes of a batched call."""
+        del t
+        with self._lock:
+            self.count += math.prod(finite.shape)
+        return np.ones(finite.shape, bool)
+
+
+class Tally:
+    """The counters of one program."""
+
+    def __init__(self) -> None:
+        self.evaluations, self.state_products, self.parameter_products = Counter(), Counter(), Counter()
+
+    @property
+    def counts(self) -> Counts:
+        """What was counted; only what has finished, so wait for the program's results first."""
+        return Counts(self.evaluations.count, self.state_products.count, self.parameter_products.count)
+
+
+class CountingAdjoint(AbstractAdjoint):
+    """Another adjoint, with a tally of what it does with the vector field. A reverse integration that fails raises,
+    whatever `throw` says: the tally is for diagnosis."""
+
+    adjoint: AbstractAdjoint
+    tally: Tally = eqx.field(static=True)
+
+    def prepare(self, dtype: DTypeLike) -> "CountingAdjoint":
+        return CountingAdjoint(self.adjoint.prepare(dtype), self.tally)
+
+    def solve(
+        self, integrator: Integrator, problem: Problem, requests: Requests, valid: Bool[Array, ""], *, throw: bool
+    ) -> tuple[Saved, Report]:
+        del throw
+        mark = _pushed_forward if isinstance(self.adjoint, ForwardMode) else _pulled_back
+        field = _CountedField(problem.vector_field, self.tally, mark)
+        problem = eqx.tree_at(lambda p: p.vector_field, problem, field, is_leaf=lambda x: x is problem.vector_field)
+        return self.adjoint.solve(integrator, problem, requests, valid, throw=True)
+
+
+Mark = Callable[[Counter, Scalar, Arrays], Arrays]
+
+
+class _CountedField(eqx.Module):
+    """A field with marks on its inputs, through which derivatives pass, and on its value."""
+
+    field: VectorField
+    tally: Tally = eqx.field(static=True)
+    mark: Mark = eqx.field(static=True)
+
+    def __call__(self, t: Scalar, y: Arrays, args: PyTree[Any]) -> Arrays:
+        parameters, rest = eqx.partition((self.field, args), eqx.is_inexact_array)
+        if jax.tree.leaves(parameters):
+            parameters = self.mark(self.tally.parameter_products, t, parameters)
+        field, args = eqx.combine(parameters, rest)
+        y = self.mark(self.tally.state_products, t, y)
+        return _evaluated(self.tally.evaluations, t, field(t, y, args))
+
+
+def _noted(counter: Counter, t: Scalar, values: Arrays) -> Arrays:
+    """The values, counted if, and only if, the program uses them: the callback is pure, so it dies with its result. It is
+    shown something of t and of the values, so that it sees every axis over which `vmap` maps either."""
+    shape = jax.ShapeDtypeStruct((), bool)
+    counted = jax.pure_callback(counter, shape, t, tree.all_finite(values), vmap_method="broadcast_all")
+    return tree.map(lambda leaf: jnp.where(counted, leaf, jnp.zeros_like(leaf)), values)
+
+
+def _along(t: Scalar, values: Arrays) -> Arrays:
+    """The values, mapped over by `vmap` wherever t is: a value and its tangent must agree on that."""
+    return tree.map(lambda leaf: jnp.where(jnp.isnan(t), leaf, leaf), values)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _evaluated(counter: Counter, t: Scalar, values: Arrays) -> Arrays:
+    """The values, counted; their derivatives are not."""
+    return _noted(counter, t, values)
+
+
+@_evaluated.defjvp
+def _evaluated_jvp(counter: Counter, primals: Any, tangents: Any) -> tuple[Arrays, Arrays]:
+    return _evaluated(counter, *primals), _along(primals[0], tangents[1])
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _pushed_forward(counter: Counter, t: Scalar, values: Arrays) -> Arrays:
+    """The values, whose tangents are counted."""
+    del counter
+    return _along(t, values)
+
+
+@_pushed_forward.defjvp
+def _pushed_forward_jvp(counter: Counter, primals: Any, tangents: Any) -> tuple[Arrays, Arrays]:
+    return _pushed_forward(counter, *primals), _noted(counter, primals[0], tangents[1])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _pulled_back(counter: Counter, t: Scalar, values: Arrays) -> Arrays:
+    """The values, whose cotangents are counted."""
+    del counter, t
+    return values
+
+
+def _pulled_back_forward(counter: Counter, t: Scalar, values: Arrays) -> tuple[Arrays, Scalar]:
+    del counter
+    return values, t
+
+
+def _pulled_back_backward(counter: Counter, t: Scalar, cotangent: Arrays) -> tuple[Scalar, Arrays]:
+    return jnp.zeros_like(t), _noted(counter, t, cotangent)
+
+
+_pulled_back.defvjp(_pulled_back_forward, _pulled_back_backward)
