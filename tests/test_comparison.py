@@ -246,7 +246,6 @@ def test_the_recommendation_knows_what_is_wrong():
 
 
 def test_the_picture(tmp_path, monkeypatch):
-    pytest.importorskip("matplotlib")
     axes = compared().plot(tmp_path / "comparison.png")
     assert (tmp_path / "comparison.png").stat().st_size > 10_000
     labels = [text.get_text().partition(",")[0] for text in axes.get_legend().get_texts()]
