@@ -356,22 +356,31 @@ def test_forward_mode_raises(adjoint):
         jax.jvp(final, (jnp.array([2.0]),), (jnp.array([1.0]),))
 
 
-def cubed(y0, adjoint):
-    return jnp.sum(aj.solve(decay, 0.0, 1.0, y0, 0.8, adjoint=adjoint, **GRID).ys ** 3)
+FAMILY = {
+    **{name: (adjoint, aj.RK4()) for name, adjoint in ADJOINTS.items()},
+    "interpolating": (aj.InterpolatingAdjoint(), aj.RK4()),
+    "gauss": (aj.GaussAdjoint(), aj.RK4()),
+    "reversible": (aj.ReversibleAdjoint(), aj.Reversible(aj.RK4())),
+}
 
 
-@both
-def test_reverse_over_reverse_raises_with_the_remedy_which_works(adjoint):
+def cubed(y0, adjoint, solver):
+    options = {"adjoint": adjoint, "solver": solver, "controller": aj.FixedSteps(64)}
+    return jnp.sum(aj.solve(decay, 0.0, 1.0, y0, 0.8, **options).ys ** 3)
+
+
+@pytest.mark.parametrize(("adjoint", "solver"), FAMILY.values(), ids=FAMILY)
+def test_reverse_over_reverse_raises_with_the_remedy_which_works(adjoint, solver):
     y0 = jnp.array([2.0])
     with pytest.raises(RuntimeError, match=r"jax\.jacfwd\(jax\.grad\(loss\)\)"):
-        jax.grad(lambda y0: jax.grad(cubed)(y0, adjoint)[0])(y0)
-    second = jit(jax.jacfwd(jax.grad(cubed)))(y0, adjoint)
+        jax.grad(lambda y0: jax.grad(cubed)(y0, adjoint, solver)[0])(y0)
+    second = jit(jax.jacfwd(jax.grad(cubed)))(y0, adjoint, solver)
     np.testing.assert_allclose(second, [6 * y0 * np.exp(-2.4)], rtol=1e-6)
 
 
 def test_reverse_mode_through_forward_mode_raises_with_the_remedy():
     with pytest.raises(RuntimeError, match=r"DiscreteAdjoint\(\)"):
-        jax.grad(cubed)(jnp.array([2.0]), aj.ForwardMode())
+        jax.grad(cubed)(jnp.array([2.0]), aj.ForwardMode(), aj.RK4())
 
 
 # The scale of the loss
