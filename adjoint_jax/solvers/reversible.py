@@ -139,7 +139,50 @@ class Reversible(AbstractReversibleSolver):
         return step._replace(before=step.before.z)
 
 
-class ReversibleHeun(AbstractReversibleSolver):
+class StateAndVelocity(NamedTuple):
+    """y and an approximation of dy/dt."""
+
+    y: Arrays
+    v: Arrays
+
+
+class AbstractTwoSlopes(AbstractReversibleSolver):
+    """A method with one evaluation per step, two slopes (at the step's two ends) for stages, Euler's method embedded, and
+    for dense output the parabola with these slopes, which is of order 2."""
+
+    @property
+    def error_order(self) -> int:
+        return 1
+
+    @property
+    def dense_degree(self) -> int:
+        return 2
+
+    @property
+    def extra_stages(self) -> int:
+        return 0
+
+    def evaluations(self, *, estimated: bool, interpolated: bool) -> int:
+        del estimated, interpolated
+        return 1
+
+    def output(self, state: Pair | StateAndVelocity) -> Arrays:
+        return state.y
+
+    def blank_step(self, t: Scalar, state: Pair | StateAndVelocity) -> Step:
+        return Step(Interval(t, t, t, t), state, state, (tree.zeros_like(state.y),) * 2, None)
+
+    def with_dense_stages(self, field: Field, step: Step) -> Step:
+        del field
+        return step
+
+    def interpolant(self, step: Step) -> Interpolant:
+        (start, end, _, _), (f0, f1) = step.interval, step.stages
+        coefficients = tree.stack([f0, tree.scale(0.5, _difference(f1, f0))])
+        return Interpolant(start, end, step.before.y, tree.scale(end - start, coefficients))
+
+
+class ReversibleHeun(AbstractTwoSlopes):
     """The reversible Heun method: order 2, one evaluation per step, Euler's method embedded, dense output of order 2.
 
         z1 = 2 y - z + h f(t, z),        y1 = y + h / 2 (f(t, z) + f(t + h, z1)).
@@ -154,30 +197,11 @@ class ReversibleHeun(AbstractReversibleSolver):
         return 2
 
     @property
-    def error_order(self) -> int:
-        return 1
-
-    @property
-    def dense_degree(self) -> int:
-        return 2
-
-    @property
-    def extra_stages(self) -> int:
-        return 0
-
-    @property
     def reuses_last_stage(self) -> bool:
         return True
 
-    def evaluations(self, *, estimated: bool, interpolated: bool) -> int:
-        del estimated, interpolated
-        return 1
-
     def start(self, problem: Problem) -> Pair:
         return Pair(problem.y0, problem.y0)
-
-    def output(self, state: Pair) -> Arrays:
-        return state.y
 
     def slope(self, field: Field, t: Scalar, state: Pair) -> Arrays:
         return field(t, state.z)
@@ -199,16 +223,6 @@ class ReversibleHeun(AbstractReversibleSolver):
         z = _difference(_difference(tree.scale(2.0, y1), z1), tree.scale(h, f1))
         return Pair(_difference(y1, tree.scale(h / 2, tree.add(field(interval.first, z), f1))), z)
 
-    def blank_step(self, t: Scalar, state: Pair) -> Step:
-        return _blank_step(t, state, state.y)
-
-    def with_dense_stages(self, field: Field, step: Step) -> Step:
-        del field
-        return step
-
-    def interpolant(self, step: Step) -> Interpolant:
-        return _parabola(step, step.before.y)
-
     def quadrature(self, step: Step) -> Nodes:
         """The trapezoidal rule on the second approximation."""
         (start, end, first, last), states = step.interval, (step.before.z, step.after.z)
@@ -216,14 +230,7 @@ class ReversibleHeun(AbstractReversibleSolver):
         return Nodes(jnp.stack([first, last]), tree.stack(states), weights)
 
 
-class StateAndVelocity(NamedTuple):
-    """y and an approximation of dy/dt."""
-
-    y: Arrays
-    v: Arrays
-
-
-class AsynchronousLeapfrog(AbstractReversibleSolver):
+class AsynchronousLeapfrog(AbstractTwoSlopes):
     """The asynchronous leapfrog method: order 2 (1 if damped), one evaluation per step, Euler's method embedded.
 
         u = f(t + h / 2, y + h / 2 v),        v1 = (1 - 2 eta) v + 2 eta u,        y1 = y + h / 2 (v + v1).
@@ -247,30 +254,11 @@ class AsynchronousLeapfrog(AbstractReversibleSolver):
         return 2 if self.damping == 1 else 1
 
     @property
-    def error_order(self) -> int:
-        return 1
-
-    @property
-    def dense_degree(self) -> int:
-        return 2
-
-    @property
-    def extra_stages(self) -> int:
-        return 0
-
-    def evaluations(self, *, estimated: bool, interpolated: bool) -> int:
-        del estimated, interpolated
-        return 1
-
-    @property
     def start_evaluations(self) -> int:
         return 1
 
     def start(self, problem: Problem) -> StateAndVelocity:
         return StateAndVelocity(problem.y0, problem.field(problem.t0, problem.y0))
-
-    def output(self, state: StateAndVelocity) -> Arrays:
-        return state.y
 
     def step(self, field: Field, interval: Interval, state: StateAndVelocity, first: Arrays | None) -> Step:
         del first
@@ -287,29 +275,8 @@ class AsynchronousLeapfrog(AbstractReversibleSolver):
         v = tree.scale(1 / (1 - 2 * eta), _difference(v1, tree.scale(2 * eta, u)))
         return StateAndVelocity(_difference(middle, tree.scale(h / 2, v)), v)
 
-    def blank_step(self, t: Scalar, state: StateAndVelocity) -> Step:
-        return _blank_step(t, state, state.y)
-
-    def with_dense_stages(self, field: Field, step: Step) -> Step:
-        del field
-        return step
-
-    def interpolant(self, step: Step) -> Interpolant:
-        return _parabola(step, step.before.y)
-
     def quadrature(self, step: Step) -> Nodes:
         """The midpoint rule."""
         (start, end, _, _), (y, v) = step.interval, step.before
         h = end - start
         return Nodes((start + h / 2)[None], tree.stack([tree.add(y, tree.scale(h / 2, v))]), h[None])
-
-
-def _blank_step(t: Scalar, state: Arrays, y: Arrays) -> Step:
-    return Step(Interval(t, t, t, t), state, state, (tree.zeros_like(y),) * 2, None)
-
-
-def _parabola(step: Step, y: Arrays) -> Interpolant:
-    """The parabola from y whose slopes at the ends of the step are its two stages."""
-    (start, end, _, _), (f0, f1) = step.interval, step.stages
-    coefficients = tree.stack([f0, tree.scale(0.5, _difference(f1, f0))])
-    return Interpolant(start, end, y, tree.scale(end - start, coefficients))
