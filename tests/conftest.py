@@ -4,12 +4,13 @@ Most of the suite's time is compilation, so XLA's more expensive optimisations a
 with all of them.
 """
 
+import importlib.metadata
 import os
 import sys
 
-FAST_COMPILATION = (
-    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false"
-)
+FAST_COMPILATION = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+if tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2])) < (0, 11):
+    FAST_COMPILATION += " --xla_cpu_use_fusion_emitters=false"  # XLA aborts at flags that it does not know (any more)
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FAST_COMPILATION}"
 
 import jax  # noqa: E402

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import jax.scipy.linalg
 import numpy as np
 
+import adjoint_jax as aj
+
 FINE = 512
 
 
@@ -286,3 +288,21 @@ PROBLEMS = {
 
 def problem(name):
     return _arrays(PROBLEMS[name]())
+
+
+HEUN_HERMITE = aj.ExplicitRungeKutta(
+    aj.ButcherTableau(
+        name="Heun with Hermite's interpolant",
+        order=2,
+        a=((), (1.0,)),
+        b=(0.5, 0.5),
+        c=(0.0, 1.0),
+        dense=((1.0, -0.5, 0.0), (0.0, 1.5, -1.0), (0.0, -1.0, 1.0)),
+        dense_order=2,
+        b_error=(-0.5, 0.5),
+        error_order=1,
+        dense_a=((0.5, 0.5),),
+        dense_c=(1.0,),
+    )
+)
+"""A small method whose dense output needs a stage of its own."""

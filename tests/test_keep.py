@@ -6,6 +6,7 @@ import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from problems import HEUN_HERMITE
 
 import adjoint_jax as aj
 
@@ -51,21 +52,6 @@ def gradient(*arguments):
     return jax.flatten_util.ravel_pytree(jax.grad(loss, (0, 1))(*arguments))[0]
 
 
-HEUN_HERMITE = aj.ExplicitRungeKutta(
-    aj.ButcherTableau(
-        name="Heun with Hermite's interpolant",
-        order=2,
-        a=((), (1.0,)),
-        b=(0.5, 0.5),
-        c=(0.0, 1.0),
-        dense=((1.0, -0.5, 0.0), (0.0, 1.5, -1.0), (0.0, -1.0, 1.0)),
-        dense_order=2,
-        b_error=(-0.5, 0.5),
-        error_order=1,
-        dense_a=((0.5, 0.5),),
-        dense_c=(1.0,),
-    )
-)
 STEPPING = {
     "grid": (aj.RK4(), aj.FixedSteps(30)),
     "adaptive with dense stages": (HEUN_HERMITE, aj.PIDController(1e-3, 1e-3)),

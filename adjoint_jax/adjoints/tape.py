@@ -49,7 +49,7 @@ class Tape(AbstractTrail):
     times: Float[Array, " times"]
     recent: Any
     checkpoints: Arrays
-    stride: Int[Array | np.ndarray, ""]
+    stride: Any
     keep: AbstractKeep
     layout: "TapeLayout" = eqx.field(static=True)
 
