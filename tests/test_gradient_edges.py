@@ -304,6 +304,21 @@ def test_reverse_integration_that_fails(throw):
         assert np.isnan(gradient(loss, np.array([2.0]))[0])
 
 
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+def test_a_reverse_integration_of_which_nothing_is_asked_does_not_raise(weight):
+    """As in a lane that the loss has masked out: zero, although the state cannot be integrated backward."""
+
+    def loss(y0, theta, weight):
+        solution = aj.solve(decay, 0.0, 2.0, y0, theta, adjoint=aj.BacksolveAdjoint(), max_steps=64)
+        return weight * jnp.sum(solution.ys)
+
+    if weight:
+        with pytest.raises(Exception, match="in the reverse integration"):
+            gradient(loss, np.array([1.0]), 30.0, weight)
+    else:
+        compare(gradient(loss, np.array([1.0]), 30.0, weight)[:2], (np.zeros(1), 0.0), 0.0)
+
+
 @both
 def test_throw_under_jit(adjoint):
     """Gradients of a solve that succeeds are those without throw; one that fails raises from within."""

@@ -1,5 +1,7 @@
 """What `DiscreteAdjoint` keeps of every step: all choices give the same gradient, for more memory or more evaluations."""
 
+import types
+
 import equinox as eqx
 import jax
 import jax.flatten_util
@@ -94,3 +96,21 @@ def test_other_methods_have_states_alone():
     solver = aj.Reversible(aj.RK4())
     with pytest.raises(TypeError, match=r"KeepStages .* Reversible: use KeepStates\(\)"):
         jax.grad(loss)(Y0, WEIGHTS, aj.DiscreteAdjoint(keep=aj.KeepStages()), solver, GRID)
+
+
+def checked(kind, **fields):
+    """The check of a module's own, without the run-time annotation checks of the tests, which would answer first."""
+    kind.__check_init__(types.SimpleNamespace(**fields))
+
+
+@pytest.mark.parametrize("wrong", ["stages", aj.KeepStages])
+def test_wrong_choices_of_what_to_keep(wrong):
+    with pytest.raises(TypeError, match=r"DiscreteAdjoint\(keep=...\) must be KeepStates\(\)"):
+        checked(aj.DiscreteAdjoint, checkpoints=None, keep=wrong)
+
+
+@pytest.mark.parametrize("wrong", [0, 2.5])
+def test_wrong_numbers_of_checkpoints(wrong):
+    for kind in (aj.DiscreteAdjoint, aj.InterpolatingAdjoint):
+        with pytest.raises(ValueError, match=rf"checkpoints=...\) must be a positive integer, or None, got {wrong}"):
+            checked(kind, checkpoints=wrong, keep=aj.KeepStates())

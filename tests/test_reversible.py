@@ -293,3 +293,18 @@ def test_evaluations_are_counted_exactly(solver, controller, saveat):
     solution = aj.solve(counted, 0.0, 3.0, np.array([1.0, 2.0]), **options)
     jax.block_until_ready(solution.ys)
     assert int(solution.stats.evaluations) == counted.calls
+
+
+@pytest.mark.parametrize("adjoint", [aj.BacksolveAdjoint(), aj.InterpolatingAdjoint()], ids=type)
+def test_dense_output_through_continuous_adjoints(adjoint):
+    """They start the method anew at every step: the gradient is that of the exact adjoint, up to the method's error."""
+
+    def loss(inputs, adjoint):
+        options = {"solver": SOLVERS["Reversible(Bosh3)"], "controller": aj.PIDController(1e-7, 1e-7), "max_steps": 512}
+        saveat = aj.SaveAt(dense=True)
+        solution = aj.solve(lotka_volterra, 0.0, 1.5, inputs[0], inputs[1], saveat=saveat, adjoint=adjoint, **options)
+        return jnp.sum(solution.evaluate(0.7) * jnp.array([1.0, -0.3]))
+
+    gradient = jit(jax.grad(loss))
+    inputs = jnp.array([1.2, 2.0]), LOTKA_VOLTERRA
+    compare(gradient(inputs, adjoint), gradient(inputs, aj.DiscreteAdjoint()), 1e-5)

@@ -1,5 +1,6 @@
 """The adjoint of Chen et al.: the state is integrated backward together with its adjoint."""
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -58,7 +59,7 @@ class BacksolveAdjoint(AbstractContinuousAdjoint):
 
     solver: AbstractSolver | None = None
     controller: AbstractController | None = None
-    checkpoints: int = eqx.field(static=True, default=0)
+    checkpoints: int = eqx.field(static=True, default=0, converter=operator.index)
     max_drift: Any = 0.01
 
     def __check_init__(self) -> None:
@@ -96,10 +97,9 @@ class BacksolveAdjoint(AbstractContinuousAdjoint):
         def to_observation(state: ReverseState, observation: Observations) -> tuple[ReverseState, None]:
             before, state = state.t, reverse.to(system, state, observation.times)
             y, a = state.state
-            excessive = (before != observation.times) & ~(
-                relative_distance(y, observation.states, largest) <= self.max_drift
-            )
-            state = state.failing(excessive & tree.any_nonzero((a, final.cost)), Status.REVERSE_DRIFT, observation.times)
+            drift = relative_distance(y, observation.states, largest)
+            lost = (before != observation.times) & ~(drift <= self.max_drift) & tree.any_nonzero((a, final.cost))
+            state = state.failing(lost, Status.REVERSE_DRIFT, observation.times)
             return state._replace(state=(observation.states, tree.add(a, observation.cotangents))), None
 
         h = jnp.abs(way.report.reached - way.problem.t0) / jnp.maximum(way.report.stats.accepted, 1)

@@ -6,13 +6,14 @@ loss.
 """
 
 import abc
+import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from adjoint_jax import tree
 from adjoint_jax.adjoints.adjoint import (
@@ -139,7 +140,7 @@ def _backward(
     way = Way(problem, integrator, residuals.report, residuals.last)
     asked = _Asked(way, inputs.requests, residuals.saved, cotangent[0])
     observations, final, scale = asked.scaled(adjoint.resets(way, residuals.records))
-    swept = adjoint.sweep(way, residuals.records, observations, final)
+    swept = asked.answer(adjoint.sweep(way, residuals.records, observations, final))
     if throw:
         swept = raise_on_reverse_failure(swept, swept.status, swept.failure)
     a0, parameters = tree.scale(scale, (swept.a, swept.parameters))
@@ -209,9 +210,19 @@ class _Asked:
         a, cost, parameters = tree.scale(1 / scale, (self.y1, self.cost, self.parameters))
         return observations, Final(begin, y, a, cost, parameters), scale
 
+    def answer(self, swept: Swept) -> Swept:
+        """The sweep's result; where nothing was asked, zero, however the reverse integration went."""
+        anything = tree.any_nonzero(self._cotangents)
+        a, parameters = tree.where(anything, swept[:2], tree.zeros_like(swept[:2]))
+        return Swept(a, parameters, jnp.where(anything, swept.status, Status.SUCCESS), swept.failure)
+
+    @property
+    def _cotangents(self) -> PyTree[Array]:
+        return [source.cotangents for source in self.sources], self.y1, self.cost
+
     def _scale(self) -> Scalar:
         zero = jnp.zeros_like(self.way.problem.t0)
-        leaves = jax.tree.leaves(([source.cotangents for source in self.sources], self.y1, self.cost))
+        leaves = jax.tree.leaves(self._cotangents)
         largest = [jnp.max(jnp.abs(leaf), initial=0.0).astype(zero.dtype) for leaf in leaves]
         scale = jnp.max(jnp.stack([*largest, zero]))
         return jnp.where(scale > 0, scale, 1.0)
@@ -241,7 +252,8 @@ def _padded_times(times: Float[Array, " slots"], report: Report) -> Float[Array,
 
 def _dense_source(way: Way, saved: Saved, cotangent: Saved) -> tuple[Observations, Parameters]:
     """Each step's interpolant depends on its first state and on the parameters, through the step's own stages: their
-    transpose gives an observation of the first state, and a part of dJ/dparameters."""
+    transpose gives an observation of the first state, and a part of dJ/dparameters. A method that carries more than y from
+    step to step is started anew at every step, which is as exact as the method."""
     problem, solver, dense, g = way.problem.without_cost(), way.integrator.solver, saved.dense, cotangent.dense
     assert dense is not None
     assert g is not None
@@ -250,8 +262,15 @@ def _dense_source(way: Way, saved: Saved, cotangent: Saved) -> tuple[Observation
     def transposed(slot: Array, carry: tuple[Arrays, Parameters]) -> tuple[Arrays, Parameters]:
         cotangents, parameters = carry
         start, end, y, g, q = tree.take((dense.start, dense.end, dense.y0, y0_cotangents, coefficients), slot)
-        outputs = StepOutputs(tree.zeros_like(y), g, q, ())
-        a, gradient = solver.transposed_step(problem, way.interval(start, end), y, outputs)
+
+        def started(y: Arrays, parameters: Parameters) -> Arrays:
+            return solver.start(dataclasses.replace(problem.at(parameters), y0=y, t0=start))
+
+        state, to_start = jax.vjp(started, y, problem.parameters)
+        outputs = StepOutputs(tree.zeros_like(state), g, q, ())
+        from_step, gradient = solver.transposed_step(problem, way.interval(start, end), state, outputs)
+        a, more = to_start(from_step)
+        gradient = tree.add(gradient, more)
         taken = start != end
         gradient = tree.where(taken, gradient, tree.zeros_like(gradient))
         return tree.put(cotangents, slot, tree.where(taken, a, g)), tree.add(parameters, gradient)

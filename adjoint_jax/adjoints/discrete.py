@@ -5,7 +5,7 @@ import equinox as eqx
 from adjoint_jax.adjoints.adjoint import Inputs
 from adjoint_jax.adjoints.exact import AbstractExactAdjoint
 from adjoint_jax.adjoints.keep import AbstractKeep, KeepStates
-from adjoint_jax.adjoints.tape import TapeRecorder, tape_recorder
+from adjoint_jax.adjoints.tape import TapeRecorder, check_checkpoints, tape_recorder
 from adjoint_jax.integrate import Integrator
 
 
@@ -37,8 +37,9 @@ class DiscreteAdjoint(AbstractExactAdjoint):
     keep: AbstractKeep = KeepStates()
 
     def __check_init__(self) -> None:
-        if self.checkpoints is not None and self.checkpoints < 1:
-            raise ValueError(f"DiscreteAdjoint(checkpoints=...) must be at least 1, got {self.checkpoints}.")
+        check_checkpoints(self.checkpoints, "DiscreteAdjoint")
+        if not isinstance(self.keep, AbstractKeep):
+            raise TypeError(f"DiscreteAdjoint(keep=...) must be KeepStates() or another of its kind, got {self.keep!r}.")
 
     def recorder(self, integrator: Integrator, inputs: Inputs) -> TapeRecorder:
         return tape_recorder(self.keep, self.checkpoints, integrator, inputs, whole=True)

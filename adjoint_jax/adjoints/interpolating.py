@@ -23,7 +23,7 @@ from adjoint_jax.adjoints.reverse_ode import (
     prepared,
     reverse_integrator,
 )
-from adjoint_jax.adjoints.tape import tape_recorder
+from adjoint_jax.adjoints.tape import check_checkpoints, tape_recorder
 from adjoint_jax.adjoints.trail import AbstractTrail, Segment, Way
 from adjoint_jax.controllers.controller import AbstractController
 from adjoint_jax.integrate import Integrator
@@ -44,8 +44,7 @@ class AbstractInterpolatingAdjoint(AbstractContinuousAdjoint):
     checkpoints: eqx.AbstractVar[int | None]
 
     def __check_init__(self) -> None:
-        if self.checkpoints is not None and self.checkpoints < 1:
-            raise ValueError(f"{type(self).__name__}(checkpoints=...) must be at least 1, got {self.checkpoints}.")
+        check_checkpoints(self.checkpoints, type(self).__name__)
 
     @abc.abstractmethod
     def reverse(self, integrator: Integrator) -> Reverse:
@@ -131,9 +130,8 @@ class _SegmentSweep(NamedTuple):
         def to_next(stand: _Stand) -> _Stand:
             is_observed = observed(stand)
             observation = tree.take(self.observations, stand.left - 1)
-            stop = jnp.where(
-                is_observed, observation.times, jnp.minimum(begin * direction, stand.state.t * direction) * direction
-            )
+            here = jnp.minimum(begin * direction, stand.state.t * direction) * direction
+            stop = jnp.where(is_observed, observation.times, here)
             state = self.reverse.to(system, stand.state, stop)
             jump = tree.where(is_observed, observation.cotangents, tree.zeros_like(observation.cotangents))
             return _Stand(state._replace(state=tree.add(state.state, jump)), stand.left - is_observed)

@@ -239,6 +239,12 @@ def _thinned(tape: Tape, index: Int[Array, ""]) -> Tape:
     return dataclasses.replace(tape, checkpoints=checkpoints, stride=jnp.where(full, 2 * tape.stride, tape.stride))
 
 
+def check_checkpoints(checkpoints: Any, name: str) -> None:
+    """Raise `ValueError` unless this is a number of states that can be kept, or None."""
+    if checkpoints is not None and (not isinstance(checkpoints, int) or checkpoints < 1):
+        raise ValueError(f"{name}(checkpoints=...) must be a positive integer, or None, got {checkpoints!r}.")
+
+
 def tape_recorder(
     keep: AbstractKeep, checkpoints: int | None, integrator: Integrator, inputs: Inputs, *, whole: bool
 ) -> TapeRecorder:
