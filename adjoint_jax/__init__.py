@@ -10,6 +10,7 @@ from adjoint_jax.adjoints.keep import KeepLinearisations, KeepStages, KeepStates
 from adjoint_jax.adjoints.reversible import ReversibleAdjoint
 from adjoint_jax.controllers.grids import FixedSteps, StepTo
 from adjoint_jax.controllers.step_sizes import ConstantStepSize, PIDController, rms_norm
+from adjoint_jax.linear import DenseJacobian
 from adjoint_jax.saveat import SaveAt
 from adjoint_jax.solution import Solution, SolveError, Stats, Status
 from adjoint_jax.solve import odeint, solve
@@ -17,6 +18,8 @@ from adjoint_jax.solvers.explicit_runge_kutta import ExplicitRungeKutta
 from adjoint_jax.solvers.high_order import Dopri8, Vern7
 from adjoint_jax.solvers.methods import RK4, Bosh3, Dopri5, Euler, Heun, Midpoint, Ralston, Tsit5
 from adjoint_jax.solvers.reversible import AsynchronousLeapfrog, Reversible, ReversibleHeun
+from adjoint_jax.solvers.rosenbrock import Rosenbrock, RosenbrockTableau
+from adjoint_jax.solvers.rosenbrock_methods import Rodas4, Rodas5P, Rosenbrock23
 from adjoint_jax.solvers.tableau import ButcherTableau
 
 __all__ = [
@@ -26,6 +29,7 @@ __all__ = [
     "Bosh3",
     "ButcherTableau",
     "ConstantStepSize",
+    "DenseJacobian",
     "DiscreteAdjoint",
     "Dopri5",
     "Dopri8",
@@ -45,6 +49,11 @@ __all__ = [
     "Reversible",
     "ReversibleAdjoint",
     "ReversibleHeun",
+    "Rodas4",
+    "Rodas5P",
+    "Rosenbrock",
+    "Rosenbrock23",
+    "RosenbrockTableau",
     "SaveAt",
     "Solution",
     "SolveError",

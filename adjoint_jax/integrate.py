@@ -221,7 +221,7 @@ class _SteppingLoop(NamedTuple):
         lands = jnp.abs(walk.h) * STRETCH >= jnp.abs(stop - walk.t)
         end = jnp.where(lands, stop, jax.lax.stop_gradient(walk.t + walk.h))
         interval = controller.interval(walk.t, jnp.where(running, end, walk.t))
-        step = self.solver.step(self.problem.field, interval, walk.state, walk.slope)
+        step = self.solver.step(self.problem, interval, walk.state, walk.slope)
         verdict = controller.judge(self.solver, step, walk.h, walk.memory)
         accepted = running & verdict.accepted
         slope, slope_evaluations = self._next_slope(walk, step, accepted)
@@ -259,7 +259,7 @@ class _SteppingLoop(NamedTuple):
         wanted &= accepted
         step = jax.lax.cond(
             any_lane(wanted),
-            lambda s: self.solver.with_dense_stages(self.problem.field, s),
+            lambda s: self.solver.with_dense_stages(self.problem, s),
             lambda s: s._replace(stages=s.stages + self.solver.extra_stages * (tree.zeros_like(s.stages[0]),)),
             step,
         )
@@ -276,7 +276,7 @@ class _SteppingLoop(NamedTuple):
         behind = self.controller.interval(step.interval.end, self.problem.t1).first
         fresh = jax.lax.cond(
             any_lane(jumped),
-            lambda t, state: self.solver.slope(self.problem.field, t, state),
+            lambda t, state: self.solver.slope(self.problem, t, state),
             lambda t, state: slope,
             behind,
             step.after,
@@ -375,7 +375,7 @@ class _GridLoop(NamedTuple):
         def take(walk: tuple[_Finite, Bool[Array, ""]]) -> tuple[_Finite, Bool[Array, ""]]:
             (state, n), finite = walk
             interval = self.controller.interval(tree.take(grid, n), tree.take(grid, n + 1))
-            after = self.solver.step(self.problem.field, interval, state, None).after
+            after = self.solver.step(self.problem, interval, state, None).after
             finite &= (n < steps) & tree.all_finite(after)
             return tree.where(finite, _Finite(after, n + 1), _Finite(state, n)), finite
 
@@ -389,9 +389,9 @@ class _GridLoop(NamedTuple):
     def _stride(self, carry: tuple[Arrays, Any], stride: _Stride) -> tuple[tuple[Arrays, Any], tuple[Any, ...]]:
         state, slope = carry
         interval = self.controller.interval(stride.start, stride.end)
-        step = self.solver.step(self.problem.field, interval, state, slope)
+        step = self.solver.step(self.problem, interval, state, slope)
         if self._interpolates:
-            step = self.solver.with_dense_stages(self.problem.field, step)
+            step = self.solver.with_dense_stages(self.problem, step)
         taken = stride.start != stride.end
         step = step._replace(after=tree.where(taken, step.after, state))
         slope = self.solver.last_stage(step) if self.solver.reuses_last_stage else None

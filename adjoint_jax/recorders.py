@@ -21,8 +21,9 @@ from adjoint_jax import tree
 from adjoint_jax.interpolation import Interpolant
 from adjoint_jax.lanes import max_lane, min_lane
 from adjoint_jax.problem import Problem
+from adjoint_jax.quadrature import Nodes
 from adjoint_jax.saveat import Rows
-from adjoint_jax.solvers.solver import AbstractSolver, Nodes, Step
+from adjoint_jax.solvers.solver import AbstractSolver, Step
 from adjoint_jax.tree import Arrays, Scalar
 
 

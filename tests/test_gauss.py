@@ -7,7 +7,7 @@ import pytest
 from scipy.integrate import quad
 
 import adjoint_jax as aj
-from adjoint_jax.adjoints.gauss import gauss_legendre, kronrod
+from adjoint_jax.quadrature import gauss_legendre, kronrod
 
 RULES = {"gauss 1": (gauss_legendre(1), 1), "gauss 3": (gauss_legendre(3), 5), "kronrod": (kronrod(), 11)}
 

@@ -15,6 +15,8 @@ ROOMS = (
     "forward_only",
     "problem",
     "interpolation",
+    "quadrature",
+    "linear",
     "solvers",
     "controllers",
     "saveat",

@@ -13,10 +13,10 @@ from adjoint_jax import tree
 from adjoint_jax.integrate import Integrator, Outcome, Report
 from adjoint_jax.interpolation import Interpolant
 from adjoint_jax.problem import Parameters, Problem, Rates, flow_cotangent
+from adjoint_jax.quadrature import cost_of
 from adjoint_jax.recorders import AbstractRecorder, DenseRecorder, QuadratureRecorder, RowRecorder, StateRecorder, States
 from adjoint_jax.saveat import Requests, Rows
 from adjoint_jax.solution import Status
-from adjoint_jax.solvers.solver import cost_of
 from adjoint_jax.tree import Arrays, Scalar
 
 

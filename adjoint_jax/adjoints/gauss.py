@@ -5,8 +5,7 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Bool, DTypeLike, Float, Int
+from jaxtyping import Array, Bool, DTypeLike, Int
 
 from adjoint_jax import tree
 from adjoint_jax.adjoints.interpolating import AbstractInterpolatingAdjoint
@@ -16,8 +15,9 @@ from adjoint_jax.integrate import Integrator
 from adjoint_jax.interpolation import Interpolant
 from adjoint_jax.lanes import any_lane
 from adjoint_jax.problem import Parameters, Problem
+from adjoint_jax.quadrature import Nodes, Rule, gauss_legendre, kronrod
 from adjoint_jax.recorders import AbstractRecorder, Layout, Place, QuadratureRecorder
-from adjoint_jax.solvers.solver import AbstractSolver, Nodes, Step
+from adjoint_jax.solvers.solver import AbstractSolver, Step
 from adjoint_jax.tree import Arrays, Scalar
 
 
@@ -65,43 +65,11 @@ class GaussAdjoint(AbstractInterpolatingAdjoint):
         return Reverse(integrator, _gauss_legendre(integrator.solver, count))
 
 
-class Rule(NamedTuple):
-    """A quadrature rule on [0, 1]."""
-
-    points: Float[np.ndarray, " nodes"]
-    weights: Float[np.ndarray, " nodes"]
-
-    def on(self, interpolant: Interpolant, begin: Scalar, end: Scalar) -> Nodes:
-        """Its nodes between two times, with the states of an interpolant."""
-        times = begin + (end - begin) * jnp.asarray(self.points, begin.dtype)
-        states = jax.vmap(interpolant.evaluate)(times)
-        return Nodes(times, states, (end - begin) * jnp.asarray(self.weights, begin.dtype))
-
-
-def gauss_legendre(count: int) -> Rule:
-    """The Gauss-Legendre rule, exact for polynomials of degree 2 count - 1."""
-    points, weights = np.polynomial.legendre.leggauss(count)
-    return Rule((1 + points) / 2, weights / 2)
-
-
-def kronrod() -> Rule:
-    """Kronrod's extension of the three-point rule: four more points, exact for polynomials of degree 11.
-
-    The points are the zeros of Legendre's polynomial P_3 and of Stieltjes' polynomial E_4 = x^4 - 10/9 x^2 + 155/891; the
-    weights follow from exactness. A. S. Kronrod, "Nodes and weights of quadrature formulas" (1965).
-    """
-    stieltjes = np.sqrt(np.roots([1.0, -10 / 9, 155 / 891]))
-    outer = np.concatenate([stieltjes, [np.sqrt(3 / 5)]])
-    points = np.sort(np.concatenate([outer, -outer, [0.0]]))
-    moments = [0.0 if degree % 2 else 2.0 / (degree + 1) for degree in range(7)]
-    return Rule((1 + points) / 2, np.linalg.solve(np.vander(points, increasing=True).T, moments) / 2)
-
-
 def _gauss_legendre(solver: AbstractSolver, count: int) -> Quadrature:
     rule = gauss_legendre(count)
 
     def nodes(step: Step) -> Nodes:
-        return rule.on(solver.interpolant(step), step.interval.start, step.interval.end)
+        return rule.over(solver.interpolant(step))
 
     def quadrature(system: AbstractReverseSystem, start: ReverseState) -> QuadratureRecorder:
         return QuadratureRecorder(nodes, system.integral, start.parameters, start.state, dense=True, notes=1)

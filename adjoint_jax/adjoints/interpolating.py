@@ -144,8 +144,8 @@ class _SegmentSweep(NamedTuple):
 
         def interpolant(step: tuple[Scalar, Scalar, Arrays]) -> Interpolant:
             start, end, state = step
-            taken = integrator.solver.step(problem.field, self.way.interval(start, end), state, None)
-            return integrator.solver.interpolant(integrator.solver.with_dense_stages(problem.field, taken))
+            taken = integrator.solver.step(problem, self.way.interval(start, end), state, None)
+            return integrator.solver.interpolant(integrator.solver.with_dense_stages(problem, taken))
 
         def add_chunk(index: Array, interpolants: Interpolant) -> Interpolant:
             first, chunk = index * self.trail.chunk, self.trail.chunk

@@ -24,9 +24,10 @@ from adjoint_jax.controllers.controller import AbstractController
 from adjoint_jax.controllers.step_sizes import ConstantStepSize
 from adjoint_jax.integrate import Integrator
 from adjoint_jax.problem import Parameters, Problem, Rates
+from adjoint_jax.quadrature import Nodes
 from adjoint_jax.recorders import AbstractRecorder, QuadratureRecorder
 from adjoint_jax.solution import Status
-from adjoint_jax.solvers.solver import AbstractSolver, Nodes
+from adjoint_jax.solvers.solver import AbstractSolver
 from adjoint_jax.tree import Arrays, Scalar
 
 

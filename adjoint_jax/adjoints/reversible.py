@@ -99,7 +99,7 @@ class Times(AbstractTrail):
         solver = way.integrator.solver
         assert isinstance(solver, AbstractReversibleSolver)
         interval = self.interval(way, slot)
-        return tree.where(interval.start != interval.end, solver.inverse(way.problem.field, interval, state), state)
+        return tree.where(interval.start != interval.end, solver.inverse(way.problem, interval, state), state)
 
 
 class TimesRecorder(AbstractRecorder):

@@ -104,8 +104,8 @@ class RowPull(NamedTuple):
             return Interpolant(starts, ends, states, None)
 
         def interpolant(start: Scalar, end: Scalar, state: Arrays) -> Interpolant:
-            step = solver.step(problem.field, self.way.interval(start, end), state, None)
-            return solver.interpolant(solver.with_dense_stages(problem.field, step))
+            step = solver.step(problem, self.way.interval(start, end), state, None)
+            return solver.interpolant(solver.with_dense_stages(problem, step))
 
         return jax.vmap(interpolant)(starts, ends, states)
 

@@ -114,7 +114,7 @@ class Tape(AbstractTrail):
             state, kept = walk
             step = self._step(way, slot, state)
             if self.layout.interpolated:
-                step = way.integrator.solver.with_dense_stages(way.problem.field, step)
+                step = way.integrator.solver.with_dense_stages(way.problem, step)
             of_step = self.keep.of(way.problem, way.integrator.solver, step, interpolated=self.layout.interpolated)
             return step.after, tree.put(kept, slot - begin, of_step)
 
@@ -123,7 +123,7 @@ class Tape(AbstractTrail):
     def _step(self, way: Way, slot: Int[Array, ""], state: Arrays) -> Step:
         """The step of a slot."""
         interval = self.interval(way, slot)
-        step = way.integrator.solver.step(way.problem.field, interval, state, None)
+        step = way.integrator.solver.step(way.problem, interval, state, None)
         return step._replace(after=tree.where(interval.start != interval.end, step.after, state))
 
 

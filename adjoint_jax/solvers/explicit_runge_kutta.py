@@ -11,7 +11,8 @@ from jaxtyping import Array, Float
 from adjoint_jax import tree
 from adjoint_jax.interpolation import Interpolant
 from adjoint_jax.problem import Interval, Parameters, Problem, Rates
-from adjoint_jax.solvers.solver import AbstractSolver, Field, Nodes, Pullback, Step, StepOutputs, pullback_at
+from adjoint_jax.quadrature import Nodes
+from adjoint_jax.solvers.solver import AbstractSolver, Pullback, Step, StepOutputs, pullback_at, stage_time
 from adjoint_jax.solvers.tableau import ButcherTableau
 from adjoint_jax.tree import Arrays, Scalar
 
@@ -60,10 +61,10 @@ class ExplicitRungeKutta(AbstractSolver):
                 needed |= {j for j, weight in enumerate(rows[i]) if weight}
         return {i for i in needed if i < tableau.stages}
 
-    def step(self, field: Field, interval: Interval, state: Arrays, first: Arrays | None) -> Step:
+    def step(self, problem: Problem, interval: Interval, state: Arrays, first: Arrays | None) -> Step:
         y = state
-        stages = [field(interval.first, y) if first is None else first]
-        stages += self._more_stages(field, interval, y, stages, self.tableau.a[1:], self.tableau.c[1:])
+        stages = [problem.field(interval.first, y) if first is None else first]
+        stages += self._more_stages(problem, interval, y, stages, self.tableau.a[1:], self.tableau.c[1:])
         h = interval.end - interval.start
         b_error = self.tableau.b_error
         return Step(
@@ -81,9 +82,9 @@ class ExplicitRungeKutta(AbstractSolver):
         stages = (tree.zeros_like(state),) * (self.tableau.stages + self.extra_stages)
         return Step(Interval(t, t, t, t), state, state, stages, None)
 
-    def with_dense_stages(self, field: Field, step: Step) -> Step:
+    def with_dense_stages(self, problem: Problem, step: Step) -> Step:
         rows, nodes = self.tableau.dense_a, self.tableau.dense_c
-        more = self._more_stages(field, step.interval, step.before, list(step.stages), rows, nodes)
+        more = self._more_stages(problem, step.interval, step.before, list(step.stages), rows, nodes)
         return step._replace(stages=step.stages + tuple(more))
 
     def interpolant(self, step: Step) -> Interpolant:
@@ -158,7 +159,7 @@ class ExplicitRungeKutta(AbstractSolver):
     def pullbacks(self, problem: Problem, interval: Interval, state: Arrays, stages: tuple[Arrays, ...]) -> list[Pullback]:
         """The linearisations of the rates at the stages: each maps kappa_i and h b_i g to mu_i and the parameters' part."""
         states = self._states_from_stages(interval, state, stages)
-        times = (_stage_time(interval, node) for node in self._nodes)
+        times = (stage_time(interval, node) for node in self._nodes)
         return [pullback_at(problem, t, y)[1] for t, y in zip(times, states, strict=False)]
 
     def _linearised(self, problem: Problem, interval: Interval, y: Arrays, count: int) -> list[Pullback]:
@@ -167,7 +168,7 @@ class ExplicitRungeKutta(AbstractSolver):
         stages, pullbacks = [], []
         for i in range(count):
             state = tree.add(y, tree.scale(h, tree.weighted_sum(rows[i], stages))) if i else y
-            rates, pullback = pullback_at(problem, _stage_time(interval, self._nodes[i]), state)
+            rates, pullback = pullback_at(problem, stage_time(interval, self._nodes[i]), state)
             stages.append(rates.y)
             pullbacks.append(pullback)
         return pullbacks
@@ -230,7 +231,7 @@ class ExplicitRungeKutta(AbstractSolver):
 
     def _more_stages(
         self,
-        field: Field,
+        problem: Problem,
         interval: Interval,
         y: Arrays,
         stages: list[Arrays],
@@ -241,22 +242,14 @@ class ExplicitRungeKutta(AbstractSolver):
         stages, known = list(stages), len(stages)
         for row, node in zip(rows, nodes, strict=True):
             state = tree.add(y, tree.scale(h, tree.weighted_sum(row, stages)))
-            stages.append(field(_stage_time(interval, node), state))
+            stages.append(problem.field(stage_time(interval, node), state))
         return stages[known:]
 
     def _times(self, interval: Interval, nodes: tuple[float, ...]) -> Float[Array, " stages"]:
-        return jnp.stack([_stage_time(interval, node) for node in nodes])
+        return jnp.stack([stage_time(interval, node) for node in nodes])
 
 
 WRITTEN_OUT_STAGES = 4
 WRITTEN_OUT_BYTES = 4096
 """The transposed step is written out for so few stages or so large states. For many stages of small states, where XLA's
 fusion would compute earlier stages again inside later ones, it is a loop."""
-
-
-def _stage_time(interval: Interval, node: float) -> Scalar:
-    if node == 0.0:
-        return interval.first
-    if node == 1.0:
-        return interval.last
-    return interval.start + node * (interval.end - interval.start)

@@ -10,8 +10,9 @@ from jaxtyping import Array
 from adjoint_jax import tree
 from adjoint_jax.interpolation import Interpolant
 from adjoint_jax.problem import Interval, Problem
+from adjoint_jax.quadrature import Nodes
 from adjoint_jax.solvers.explicit_runge_kutta import ExplicitRungeKutta
-from adjoint_jax.solvers.solver import AbstractSolver, Field, Nodes, Step
+from adjoint_jax.solvers.solver import AbstractSolver, Step
 from adjoint_jax.tree import Arrays, Scalar
 
 
@@ -19,7 +20,7 @@ class AbstractReversibleSolver(AbstractSolver):
     """A method with an inverse."""
 
     @abc.abstractmethod
-    def inverse(self, field: Field, interval: Interval, state: Arrays) -> Arrays:
+    def inverse(self, problem: Problem, interval: Interval, state: Arrays) -> Arrays:
         """The method's state before the step that led to `state`."""
 
 
@@ -99,29 +100,29 @@ class Reversible(AbstractReversibleSolver):
     def output(self, state: Pair) -> Arrays:
         return state.y
 
-    def step(self, field: Field, interval: Interval, state: Pair, first: Arrays | None) -> Step:
+    def step(self, problem: Problem, interval: Interval, state: Pair, first: Arrays | None) -> Step:
         del first
         (y, z), c = state, self.coupling
-        forward = self.base.step(field, interval, z, None)
+        forward = self.base.step(problem, interval, z, None)
         y1 = tree.add(tree.scale(c, y), tree.scale(1 - c, z), _difference(forward.after, z))
-        backward = self.base.step(field, _reversed(interval), y1, None)
+        backward = self.base.step(problem, _reversed(interval), y1, None)
         z1 = _difference(z, _difference(backward.after, y1))
         error = None if forward.error is None else tree.map(_larger, forward.error, _parting(y, z, y1, z1))
         return forward._replace(before=state, after=Pair(y1, z1), error=error)
 
-    def inverse(self, field: Field, interval: Interval, state: Pair) -> Pair:
+    def inverse(self, problem: Problem, interval: Interval, state: Pair) -> Pair:
         (y1, z1), c = state, self.coupling
-        backward = self.base.step(field, _reversed(interval), y1, None)
+        backward = self.base.step(problem, _reversed(interval), y1, None)
         z = tree.add(z1, _difference(backward.after, y1))
-        forward = self.base.step(field, interval, z, None)
+        forward = self.base.step(problem, interval, z, None)
         y = tree.map(lambda a, b, increment: (a - (1 - c) * b - increment) / c, y1, z, _difference(forward.after, z))
         return Pair(y, z)
 
     def blank_step(self, t: Scalar, state: Pair) -> Step:
         return self.base.blank_step(t, state.z)._replace(before=state, after=state)
 
-    def with_dense_stages(self, field: Field, step: Step) -> Step:
-        return self.base.with_dense_stages(field, self._step_of_z(step))._replace(before=step.before)
+    def with_dense_stages(self, problem: Problem, step: Step) -> Step:
+        return self.base.with_dense_stages(problem, self._step_of_z(step))._replace(before=step.before)
 
     def interpolant(self, step: Step) -> Interpolant:
         of_z = self.base.interpolant(self._step_of_z(step))
@@ -172,8 +173,8 @@ class AbstractTwoSlopes(AbstractReversibleSolver):
     def blank_step(self, t: Scalar, state: Pair | StateAndVelocity) -> Step:
         return Step(Interval(t, t, t, t), state, state, (tree.zeros_like(state.y),) * 2, None)
 
-    def with_dense_stages(self, field: Field, step: Step) -> Step:
-        del field
+    def with_dense_stages(self, problem: Problem, step: Step) -> Step:
+        del problem
         return step
 
     def interpolant(self, step: Step) -> Interpolant:
@@ -203,25 +204,25 @@ class ReversibleHeun(AbstractTwoSlopes):
     def start(self, problem: Problem) -> Pair:
         return Pair(problem.y0, problem.y0)
 
-    def slope(self, field: Field, t: Scalar, state: Pair) -> Arrays:
-        return field(t, state.z)
+    def slope(self, problem: Problem, t: Scalar, state: Pair) -> Arrays:
+        return problem.field(t, state.z)
 
-    def step(self, field: Field, interval: Interval, state: Pair, first: Arrays | None) -> Step:
+    def step(self, problem: Problem, interval: Interval, state: Pair, first: Arrays | None) -> Step:
         (y, z), h = state, interval.end - interval.start
-        f0 = field(interval.first, z) if first is None else first
+        f0 = problem.field(interval.first, z) if first is None else first
         z1 = tree.add(_difference(tree.scale(2.0, y), z), tree.scale(h, f0))
-        f1 = field(interval.last, z1)
+        f1 = problem.field(interval.last, z1)
         y1 = tree.add(y, tree.scale(h / 2, tree.add(f0, f1)))
         return Step(interval, state, Pair(y1, z1), (f0, f1), tree.scale(h / 2, _difference(f1, f0)))
 
     def last_stage(self, step: Step) -> Arrays:
         return step.stages[1]
 
-    def inverse(self, field: Field, interval: Interval, state: Pair) -> Pair:
+    def inverse(self, problem: Problem, interval: Interval, state: Pair) -> Pair:
         (y1, z1), h = state, interval.end - interval.start
-        f1 = field(interval.last, z1)
+        f1 = problem.field(interval.last, z1)
         z = _difference(_difference(tree.scale(2.0, y1), z1), tree.scale(h, f1))
-        return Pair(_difference(y1, tree.scale(h / 2, tree.add(field(interval.first, z), f1))), z)
+        return Pair(_difference(y1, tree.scale(h / 2, tree.add(problem.field(interval.first, z), f1))), z)
 
     def quadrature(self, step: Step) -> Nodes:
         """The trapezoidal rule on the second approximation."""
@@ -260,18 +261,18 @@ class AsynchronousLeapfrog(AbstractTwoSlopes):
     def start(self, problem: Problem) -> StateAndVelocity:
         return StateAndVelocity(problem.y0, problem.field(problem.t0, problem.y0))
 
-    def step(self, field: Field, interval: Interval, state: StateAndVelocity, first: Arrays | None) -> Step:
+    def step(self, problem: Problem, interval: Interval, state: StateAndVelocity, first: Arrays | None) -> Step:
         del first
         (y, v), h, eta = state, interval.end - interval.start, self.damping
-        u = field(interval.start + h / 2, tree.add(y, tree.scale(h / 2, v)))
+        u = problem.field(interval.start + h / 2, tree.add(y, tree.scale(h / 2, v)))
         v1 = tree.add(tree.scale(1 - 2 * eta, v), tree.scale(2 * eta, u))
         y1 = tree.add(y, tree.scale(h / 2, tree.add(v, v1)))
         return Step(interval, state, StateAndVelocity(y1, v1), (v, v1), tree.scale(h / 2, _difference(v1, v)))
 
-    def inverse(self, field: Field, interval: Interval, state: StateAndVelocity) -> StateAndVelocity:
+    def inverse(self, problem: Problem, interval: Interval, state: StateAndVelocity) -> StateAndVelocity:
         (y1, v1), h, eta = state, interval.end - interval.start, self.damping
         middle = _difference(y1, tree.scale(h / 2, v1))
-        u = field(interval.start + h / 2, middle)
+        u = problem.field(interval.start + h / 2, middle)
         v = tree.scale(1 / (1 - 2 * eta), _difference(v1, tree.scale(2 * eta, u)))
         return StateAndVelocity(_difference(middle, tree.scale(h / 2, v)), v)
 

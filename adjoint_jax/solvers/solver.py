@@ -1,27 +1,25 @@
 """What a method is: one step, its dense output, its quadrature, and the transpose of all that."""
 
 import abc
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import equinox as eqx
 import jax
-from jaxtyping import Array, Float
 
-from adjoint_jax import tree
 from adjoint_jax.interpolation import Interpolant
 from adjoint_jax.problem import Interval, Parameters, Problem, Rates
+from adjoint_jax.quadrature import Nodes, cost_of
 from adjoint_jax.tree import Arrays, Scalar
 
-Field = Callable[[Scalar, Arrays], Arrays]
 Pullback = Callable[[Rates], tuple[Arrays, Parameters]]
 """From dJ/d(rates) to dJ/dy and dJ/dparameters, at one point."""
 
 
 class Step(NamedTuple):
     """What one step computed. `before` and `after` are states of the method: y itself, or y and what else the method
-    carries from step to step. `stages` are values of the field; `error`, like y, is None without an error estimate."""
+    carries from step to step. `stages` are values of the field, or what else the method computes on its way; `error`, like
+    y, is None without an error estimate."""
 
     interval: Interval
     before: Arrays
@@ -41,19 +39,6 @@ class StepOutputs(NamedTuple):
     y0: Arrays
     coefficients: Arrays | None
     cost: Arrays
-
-
-class Nodes(NamedTuple):
-    """A quadrature over one step: the integral of g(t, y(t)) is the sum of weights[i] * g(times[i], states[i])."""
-
-    times: Float[Array, "*steps nodes"]
-    states: Arrays
-    weights: Float[Array, "*steps nodes"]
-
-    def flattened(self) -> "Nodes":
-        """Nodes of many steps as those of one."""
-        shape = self.times.shape
-        return tree.map(lambda leaf: leaf.reshape(math.prod(shape), *leaf.shape[len(shape) :]), self)
 
 
 class AbstractSolver(eqx.Module):
@@ -101,12 +86,12 @@ class AbstractSolver(eqx.Module):
         """y, of a state of the method: a selection, so that its transpose is known without a value."""
         return state
 
-    def slope(self, field: Field, t: Scalar, state: Arrays) -> Arrays:
+    def slope(self, problem: Problem, t: Scalar, state: Arrays) -> Arrays:
         """The first stage of a step from the state."""
-        return field(t, self.output(state))
+        return problem.field(t, self.output(state))
 
     @abc.abstractmethod
-    def step(self, field: Field, interval: Interval, state: Arrays, first: Arrays | None) -> Step:
+    def step(self, problem: Problem, interval: Interval, state: Arrays, first: Arrays | None) -> Step:
         """One step over the interval. `first` is the field at its start if that is known."""
 
     def last_stage(self, step: Step) -> Arrays:
@@ -118,7 +103,7 @@ class AbstractSolver(eqx.Module):
         """A step of no length, with its dense stages and without an error estimate."""
 
     @abc.abstractmethod
-    def with_dense_stages(self, field: Field, step: Step) -> Step:
+    def with_dense_stages(self, problem: Problem, step: Step) -> Step:
         """The step with the stages added that only its interpolant needs."""
 
     @abc.abstractmethod
@@ -131,10 +116,10 @@ class AbstractSolver(eqx.Module):
 
     def outputs(self, problem: Problem, interval: Interval, state: Arrays, *, interpolated: bool) -> StepOutputs:
         """One step as a function of the state and of the problem's parameters."""
-        step = self.step(problem.field, interval, state, None)
+        step = self.step(problem, interval, state, None)
         coefficients = None
         if interpolated:
-            coefficients = self.interpolant(self.with_dense_stages(problem.field, step)).coefficients
+            coefficients = self.interpolant(self.with_dense_stages(problem, step)).coefficients
         return StepOutputs(step.after, self.output(state), coefficients, cost_of(problem, self.quadrature(step)))
 
     def transposed_step(
@@ -153,16 +138,15 @@ class AbstractSolver(eqx.Module):
         return jax.vjp(self.output, state)[1](cotangent)[0]
 
 
-def cost_of(problem: Problem, nodes: Nodes) -> Arrays:
-    """The integral of the running cost over one step, or over many along leading axes of the nodes; () without one.
-    Nodes of no weight count as nothing, whatever the cost there."""
-    if problem.running_cost is None:
-        return ()
-    times, states, weights = nodes.flattened()
-    rates = jax.vmap(problem.rates)(times, states).cost
-    return tree.contract(weights, tree.keep_rows(weights != 0, rates))
-
-
 def pullback_at(problem: Problem, t: Scalar, y: Arrays) -> tuple[Rates, Pullback]:
     """The rates at a point, and their linearisation there. The pullback is a pytree of what it keeps."""
     return jax.vjp(lambda y, parameters: problem.at(parameters).rates(t, y), y, problem.parameters)
+
+
+def stage_time(interval: Interval, node: float) -> Scalar:
+    """The time of a stage, on the right side of a jump at an end of the step."""
+    if node == 0.0:
+        return interval.first
+    if node == 1.0:
+        return interval.last
+    return interval.start + node * (interval.end - interval.start)

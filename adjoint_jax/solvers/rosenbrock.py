@@ -1,0 +1,229 @@
+"""One step of a Rosenbrock method, and its transpose."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+
+from adjoint_jax import tree
+from adjoint_jax.interpolation import Interpolant
+from adjoint_jax.linear import AbstractInverse, AbstractJacobian, DenseJacobian
+from adjoint_jax.problem import Interval, Parameters, Problem, Rates
+from adjoint_jax.quadrature import Nodes, cost_of, gauss_legendre
+from adjoint_jax.solvers.solver import AbstractSolver, Step, StepOutputs, pullback_at, stage_time
+from adjoint_jax.tree import Arrays, Scalar
+
+Row = tuple[float, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class RosenbrockTableau:
+    r"""A Rosenbrock method with its error estimate and its dense output.
+
+    One step of size $h$ from $(t, y)$, with $J = \partial f/\partial y$ at $(t, y)$, is
+
+    $$(I - \gamma h J)\, u_i = \gamma \Big( h f\big(t + \alpha_i h,\; y + \sum_{j<i} a_{ij} u_j\big) + \sum_{j<i} c_{ij} u_j
+    + \gamma_i h^2 \frac{\partial f}{\partial t}(t, y) \Big), \qquad y^+ = y + \sum_i m_i u_i.$$
+
+    The error estimate is $\sum_i e_i u_i$. The dense output at $t + s h$, $0 \le s \le 1$, is $y + \sum_i \beta_i(s) u_i$
+    with $\beta_i(s) = \sum_{p \ge 1} d_{ip} s^p$. This is the form of E. Hairer and G. Wanner, "Solving Ordinary
+    Differential Equations II", equation IV.7.25, multiplied by $\gamma h^2$, so that a step of no length is one.
+
+    Raises `ValueError` if shapes disagree, or the dense output does not end in the step's own result.
+    """
+
+    name: str
+    order: int
+    """Order of the step."""
+    gamma: float
+    a: tuple[Row, ...]
+    """Row i has i entries, so the first row is `()`."""
+    c: tuple[Row, ...]
+    """Likewise."""
+    alpha: Row
+    gammas: Row
+    """gamma_i, the coefficients of the derivative with respect to time."""
+    m: Row
+    error: Row
+    error_order: int
+    """Order of the embedded method, `m - error`."""
+    dense: tuple[Row, ...]
+    """`dense[i][p - 1]` is the coefficient of s^p in the weight of u_i."""
+    dense_order: int
+    """Order of the dense output: its local error is O(h^(dense_order + 1))."""
+
+    def __post_init__(self) -> None:
+        stages = len(self.m)
+        for name in ("a", "c", "alpha", "gammas", "error", "dense"):
+            self._require(len(getattr(self, name)) == stages, f"{name} must have one entry per stage")
+        for rows in (self.a, self.c):
+            self._require(all(len(row) == i for i, row in enumerate(rows)), "row i of a and of c must have i entries")
+        for row, weight in zip(self.dense, self.m, strict=True):
+            close = abs(math.fsum(row) - weight) <= 1e-12 * (1.0 + math.fsum(map(abs, row)))
+            self._require(close, f"dense weights end in {math.fsum(row)} at s = 1, expected m = {weight}")
+
+    def _require(self, condition: bool, message: str) -> None:
+        if not condition:
+            raise ValueError(f"RosenbrockTableau {self.name!r}: {message}.")
+
+
+class Rosenbrock(AbstractSolver):
+    """The Rosenbrock method of a tableau: linearly implicit, with one Jacobian and one factorisation a step.
+
+    - `jacobian`: how the Jacobian is computed and solved with; the whole of it by default. It must be exact: the method's
+      order depends on it.
+    """
+
+    tableau: RosenbrockTableau = eqx.field(static=True)
+    jacobian: AbstractJacobian = DenseJacobian()
+
+    @property
+    def order(self) -> int:
+        return self.tableau.order
+
+    @property
+    def error_order(self) -> int | None:
+        return self.tableau.error_order
+
+    @property
+    def dense_degree(self) -> int:
+        return len(self.tableau.dense[0])
+
+    @property
+    def extra_stages(self) -> int:
+        return 0
+
+    def evaluations(self, *, estimated: bool, interpolated: bool) -> int:
+        del estimated, interpolated
+        return len(self.tableau.m)
+
+    def step(self, problem: Problem, interval: Interval, state: Arrays, first: Arrays | None) -> Step:
+        return self._solved(problem, interval, state, first, self._inverse(problem, interval, state))
+
+    def _inverse(self, problem: Problem, interval: Interval, y: Arrays) -> AbstractInverse:
+        return self.jacobian.inverse(problem, interval.first, y, self.tableau.gamma * (interval.end - interval.start))
+
+    def _solved(
+        self, problem: Problem, interval: Interval, y: Arrays, first: Arrays | None, inverse: AbstractInverse
+    ) -> Step:
+        tableau, h = self.tableau, interval.end - interval.start
+        slope_in_time = jax.jvp(lambda t: problem.field(t, y), (interval.first,), (jnp.ones_like(interval.first),))[1]
+        stages: list[Arrays] = []
+        for i in range(len(tableau.m)):
+            slope = first
+            if i or slope is None:
+                slope = problem.field(*self._stage(interval, y, stages, i))
+            slope = tree.add(slope, tree.scale(h * tableau.gammas[i], slope_in_time))
+            right = _combined(tree.scale(h, slope), tableau.c[i], stages)
+            stages.append(inverse.solve(tree.scale(tableau.gamma, right)))
+        return Step(
+            interval=interval,
+            before=y,
+            after=_combined(y, tableau.m, stages),
+            stages=tuple(stages),
+            error=tree.weighted_sum(tableau.error, stages),
+        )
+
+    def _stage(self, interval: Interval, y: Arrays, stages: Sequence[Arrays], i: int) -> tuple[Scalar, Arrays]:
+        """Where the field is evaluated in stage i."""
+        return stage_time(interval, self.tableau.alpha[i]), _combined(y, self.tableau.a[i], stages[:i])
+
+    def blank_step(self, t: Scalar, state: Arrays) -> Step:
+        return Step(Interval(t, t, t, t), state, state, (tree.zeros_like(state),) * len(self.tableau.m), None)
+
+    def with_dense_stages(self, problem: Problem, step: Step) -> Step:
+        del problem
+        return step
+
+    def interpolant(self, step: Step) -> Interpolant:
+        columns = zip(*self.tableau.dense, strict=True)
+        coefficients = tree.stack([tree.weighted_sum(column, step.stages) for column in columns])
+        return Interpolant(step.interval.start, step.interval.end, step.before, coefficients)
+
+    def quadrature(self, step: Step) -> Nodes:
+        """Gauss-Legendre nodes on the interpolant, exact for polynomials of twice its order."""
+        return self._nodes(self.interpolant(step))
+
+    def _nodes(self, interpolant: Interpolant) -> Nodes:
+        return gauss_legendre(-(-(self.tableau.dense_order + 1) // 2)).over(interpolant)
+
+    # The transposed step. Let V = I - gamma h J. With ubar_i = dJ/du_i, and lambda_i the solution of
+    #
+    #     V^T lambda_i = gamma ubar_i,
+    #
+    # the loss sees the field's value in stage i by kappa_i = h lambda_i, its derivative with respect to time by
+    # gamma_i h kappa_i, u_j by c_ij lambda_i, and the matrix, since du_i = -V^-1 dV u_i, by h lambda_i u_i^T for J. With
+    # Y_i the argument of stage i, A = dJ/dy+, G = dJ/dy through what was saved inside the step, and Q_p the derivative with
+    # respect to the interpolant's coefficients, for i = s, ..., 1,
+    #
+    #     ubar_i = m_i A + sum_p d_ip Q_p + sum_{j > i} (a_ji mu_j + c_ji lambda_j),
+    #     mu_i = (df/dy(Y_i))^T kappa_i,
+    #     dJ/dy = A + G + sum_i mu_i + d/dy sum_i <kappa_i, J u_i + gamma_i h df/dt>,
+    #     dJ/dtheta += sum_i (df/dtheta(Y_i))^T kappa_i + d/dtheta sum_i <kappa_i, J u_i + gamma_i h df/dt>.
+    #
+    # The last term is a derivative of the field's own forward derivative at (t, y), along (gamma_i h, u_i): one vjp of
+    # jvps. The same factorisation serves the step and its transpose.
+
+    def transposed_step(
+        self, problem: Problem, interval: Interval, state: Arrays, cotangent: StepOutputs
+    ) -> tuple[Arrays, Parameters]:
+        tableau, inverse = self.tableau, self._inverse(problem, interval, state)
+        step = self._solved(problem, interval, state, None, inverse)
+        cotangent, of_cost = self._without_cost(problem, step, cotangent)
+        problem = problem.without_cost()
+        h = interval.end - interval.start
+        mus: list[Arrays] = []
+        lambdas: list[Arrays] = []
+        kappas: list[Arrays] = []
+        gradients: list[Parameters] = []
+        for i in reversed(range(len(tableau.m))):
+            later = range(i + 1, len(tableau.m))
+            weights = [tableau.a[j][i] for j in later] + [tableau.c[j][i] for j in later]
+            ubar = _combined(tree.scale(tableau.m[i], cotangent.after), weights, mus + lambdas)
+            if cotangent.coefficients is not None:
+                ubar = tree.add(ubar, tree.contract(jnp.asarray(tableau.dense[i]), cotangent.coefficients))
+            lambdas.insert(0, inverse.solve_transposed(tree.scale(tableau.gamma, ubar)))
+            kappas.insert(0, tree.scale(h, lambdas[0]))
+            pullback = pullback_at(problem, *self._stage(interval, state, step.stages, i))[1]
+            mu, gradient = pullback(Rates(kappas[0], ()))
+            mus.insert(0, mu)
+            gradients.insert(0, gradient)
+        through, gradient = self._through_linearisation(problem, step, kappas)
+        gradient = tree.add(gradient, *gradients)
+        if of_cost is not None:
+            gradient = tree.add(gradient._replace(running_cost=tree.zeros_like(of_cost.running_cost)), of_cost)
+        return tree.add(cotangent.after, cotangent.y0, through, *mus), gradient
+
+    def _through_linearisation(self, problem: Problem, step: Step, kappas: Sequence[Arrays]) -> tuple[Arrays, Parameters]:
+        """The derivatives of the sum of <kappa_i, J u_i + gamma_i h df/dt> with respect to y and the parameters."""
+        t, h = step.interval.first, step.interval.end - step.interval.start
+        along = h * jnp.asarray(self.tableau.gammas, h.dtype)
+
+        def derivatives(y: Arrays, parameters: Parameters) -> Arrays:
+            field = problem.at(parameters).field
+            return jax.vmap(lambda gamma_h, u: jax.jvp(field, (t, y), (gamma_h, u))[1])(along, tree.stack(step.stages))
+
+        return jax.vjp(derivatives, step.before, problem.parameters)[1](tree.stack(kappas))
+
+    def _without_cost(self, problem: Problem, step: Step, cotangent: StepOutputs) -> tuple[StepOutputs, Parameters | None]:
+        """The derivative with respect to the cost as one with respect to the interpolant and the parameters."""
+        if problem.running_cost is None:
+            return cotangent, None
+        interpolant = self.interpolant(step)
+
+        def cost(y0: Arrays, coefficients: Arrays, parameters: Parameters) -> Arrays:
+            return cost_of(problem.at(parameters), self._nodes(interpolant._replace(y0=y0, coefficients=coefficients)))
+
+        pullback = jax.vjp(cost, interpolant.y0, interpolant.coefficients, problem.parameters)[1]
+        y0, coefficients, gradient = pullback(cotangent.cost)
+        if cotangent.coefficients is not None:
+            coefficients = tree.add(cotangent.coefficients, coefficients)
+        return StepOutputs(cotangent.after, tree.add(cotangent.y0, y0), coefficients, ()), gradient
+
+
+def _combined(y: Arrays, weights: Sequence[float], trees: Sequence[Arrays]) -> Arrays:
+    """`y + sum(weight * tree)`."""
+    return tree.add(y, tree.weighted_sum(weights, trees)) if any(weights) else y
