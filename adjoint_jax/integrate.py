@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from adjoint_jax import tree
 from adjoint_jax.controllers.controller import AbstractController, AbstractStepSize
 from adjoint_jax.lanes import any_lane
+from adjoint_jax.linear import is_consistent
 from adjoint_jax.problem import Problem
 from adjoint_jax.recorders import AbstractRecorder, Layout, Place
 from adjoint_jax.solution import Stats, Status
@@ -165,6 +166,7 @@ class _SteppingLoop(NamedTuple):
         proposal = self.controller.first(problem, self.solver, slope, dt0)
         status = jnp.where(self.controller.unresolvable(problem.y0), Status.TOLERANCE_TOO_SMALL, Status.SUCCESS)
         status = jnp.where(problem.t0 == problem.t1, Status.SUCCESS, status)
+        status = jnp.where(is_consistent(problem), status, Status.INCONSISTENT)
         evaluations = 1 + proposal.evaluations if self.solver.reuses_last_stage or proposal.evaluations else 0
         evaluations += self.solver.start_evaluations
         return _Walk(
@@ -348,6 +350,7 @@ class _GridLoop(NamedTuple):
         carry = (start, slope, records, _Finite(start, _zero()))
         state, _, records, finite = jax.lax.scan(run_segment, carry, (strides, slots))[0]
         status = jnp.where(tree.all_finite(state), Status.SUCCESS, Status.NON_FINITE)
+        status = jnp.where(is_consistent(problem), status, Status.INCONSISTENT)
         status = jnp.where(valid, status, Status.INVALID_TIMES).astype(jnp.int32)
         taken = self._finite_steps(grid, finite)
         per_step = self.solver.evaluations(estimated=False, interpolated=self._interpolates)

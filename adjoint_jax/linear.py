@@ -1,18 +1,18 @@
 """Linear systems with the Jacobian of the vector field, which implicit methods solve.
 
-Every such method solves systems with one matrix a step, I - g df/dy, where g is the step size times a coefficient of the
-method. A Jacobian says how df/dy is computed and these systems are solved.
+Every such method solves systems with one matrix a step, M - g df/dy, where M is the problem's mass matrix and g the step
+size times a coefficient of the method. A Jacobian says how df/dy is computed and these systems are solved.
 """
 
 import abc
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.flatten_util
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from adjoint_jax import tree
 from adjoint_jax.problem import Problem
@@ -20,7 +20,7 @@ from adjoint_jax.tree import Arrays, Scalar
 
 
 class AbstractInverse(eqx.Module):
-    """The inverse of I - g df/dy at one point."""
+    """The inverse of M - g df/dy at one point."""
 
     @abc.abstractmethod
     def solve(self, right: Arrays) -> Arrays:
@@ -36,7 +36,7 @@ class AbstractJacobian(eqx.Module):
 
     @abc.abstractmethod
     def inverse(self, problem: Problem, t: Scalar, y: Arrays, g: Scalar) -> AbstractInverse:
-        """The inverse of I - g df/dy at (t, y)."""
+        """The inverse of M - g df/dy at (t, y)."""
 
 
 class DenseJacobian(AbstractJacobian):
@@ -54,7 +54,8 @@ class DenseJacobian(AbstractJacobian):
             jacobian = jax.jacfwd(lambda flat: ravel(problem.field(t, unravel(flat)))[0])(flat)
         else:
             jacobian = self._given(self.jac(t, y, problem.args), flat)
-        matrix = jnp.eye(flat.size, dtype=flat.dtype) - g.astype(flat.dtype) * jacobian
+        mass = jnp.eye(flat.size, dtype=flat.dtype) if problem.mass is None else problem.mass
+        matrix = mass - g.astype(flat.dtype) * jacobian
         if flat.size <= WRITTEN_OUT:
             return Inverted(_inverted(matrix))
         return (
@@ -125,3 +126,48 @@ def ravel(y: Arrays) -> tuple[Float[Array, " n"], Callable[[Float[Array, " n"]],
         )
 
     return flat, back
+
+
+def times_mass(problem: Problem, tangent: Arrays) -> Arrays:
+    """M times a tangent of the state."""
+    if problem.mass is None:
+        return tangent
+    flat, unravel = ravel(tangent)
+    return unravel(problem.mass @ flat)
+
+
+def times_mass_transposed(problem: Problem, cotangent: Arrays) -> Arrays:
+    """M^T times a cotangent of the state."""
+    return jax.linear_transpose(lambda tangent: times_mass(problem, tangent), cotangent)(cotangent)[0]
+
+
+class Residuals(NamedTuple):
+    """What the algebraic equations leave at y0: w^T f(t0, y0) for an orthonormal basis of all w with w^T M = 0, and zero in
+    place of the other directions; and by how much of the size of its terms each is off."""
+
+    directions: Float[Array, "n n"]
+    values: Float[Array, " n"]
+    relative: Float[Array, " n"]
+
+
+def algebraic_residuals(problem: Problem) -> Residuals:
+    """By how much y0 misses the algebraic equations w^T f = 0. The size of their terms is that of w^T (df/dy) times y."""
+    assert problem.mass is not None
+    left, sizes, _ = jnp.linalg.svd(problem.mass)
+    algebraic = sizes <= len(sizes) * jnp.finfo(sizes.dtype).eps * jnp.max(sizes, initial=0.0)
+    directions = jnp.where(algebraic, left, 0).T
+    flat, unravel = ravel(problem.y0)
+
+    def residuals(flat: Float[Array, " n"]) -> Float[Array, " n"]:
+        return directions @ ravel(problem.field(problem.t0, unravel(flat)))[0]
+
+    values, terms = residuals(flat), jnp.abs(jax.jacfwd(residuals)(flat)) @ jnp.abs(flat)
+    return Residuals(directions, values, jnp.where(values == 0, 0.0, jnp.abs(values) / terms))
+
+
+def is_consistent(problem: Problem) -> Bool[Array, ""]:
+    """Whether y0 satisfies the algebraic equations, to the cube root of the machine epsilon."""
+    if problem.mass is None:
+        return jnp.array(True)
+    relative = algebraic_residuals(problem).relative
+    return jnp.all(relative <= jnp.finfo(relative.dtype).eps ** (1 / 3))

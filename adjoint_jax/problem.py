@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, DTypeLike, PyTree
+from jaxtyping import Array, DTypeLike, Float, PyTree
 
 from adjoint_jax import tree
 from adjoint_jax.tree import Arrays, Scalar
@@ -46,10 +46,11 @@ class Parameters(NamedTuple):
 
 
 class Problem(eqx.Module):
-    """dy/dt = vector_field(t, y, args) from y(t0) = y0 to t1, and the integral of running_cost(t, y, args).
+    """M dy/dt = vector_field(t, y, args) from y(t0) = y0 to t1, and the integral of running_cost(t, y, args). M is the
+    identity if `mass` is None.
 
-    Every inexact array in it receives a gradient. Values that the user's functions close over have become leaves of
-    `vector_field` and `running_cost` (`hoist` does that), so there is no other road for a gradient to take.
+    Every inexact array in it receives a gradient, but for M, a constant. Values that the user's functions close over have
+    become leaves of `vector_field` and `running_cost` (`hoist` does that), so a gradient has no other road to take.
     """
 
     vector_field: VectorField
@@ -58,9 +59,10 @@ class Problem(eqx.Module):
     y0: Arrays
     t0: Scalar
     t1: Scalar
+    mass: Float[Array, "n n"] | None = None
 
     def field(self, t: Scalar, y: Arrays) -> Arrays:
-        """dy/dt, with the structure, shapes and dtypes of y."""
+        """M dy/dt, with the structure, shapes and dtypes of y."""
         return self.vector_field(t, y, self.args)
 
     def rates(self, t: Scalar, y: Arrays) -> Rates:
@@ -73,7 +75,7 @@ class Problem(eqx.Module):
 
     def without_cost(self) -> "Problem":
         """The problem of the solution alone."""
-        return Problem(self.vector_field, None, self.args, self.y0, self.t0, self.t1)
+        return Problem(self.vector_field, None, self.args, self.y0, self.t0, self.t1, self.mass)
 
     @property
     def parameters(self) -> Parameters:
@@ -84,7 +86,7 @@ class Problem(eqx.Module):
         """The problem with other parameters, for derivatives with respect to them."""
         own = Parameters(self.vector_field, self.running_cost, self.args)
         static = eqx.filter(own, eqx.is_inexact_array, inverse=True)
-        return Problem(*eqx.combine(parameters, static), self.y0, self.t0, self.t1)
+        return Problem(*eqx.combine(parameters, static), self.y0, self.t0, self.t1, self.mass)
 
 
 def hoist(vector_field: VectorField, t: Scalar, y: Arrays, args: PyTree[Any]) -> VectorField:

@@ -23,6 +23,7 @@ class Status(enum.IntEnum):
     TOLERANCE_TOO_SMALL = 4
     INVALID_TIMES = 5
     REVERSE_DRIFT = 6
+    INCONSISTENT = 7
 
     @property
     def explanation(self) -> str:
@@ -53,6 +54,10 @@ _EXPLANATIONS = {
     Status.INVALID_TIMES: (
         "t0, t1 or save times are NaN, save times are outside of [t0, t1] or not monotone in the direction of "
         "integration, or StepTo(ts) does not run from t0 to t1 without turning."
+    ),
+    Status.INCONSISTENT: (
+        "y0 does not satisfy the algebraic equations that the singular mass_matrix leaves: w^T vector_field(t0, y0, args) "
+        "must vanish for every w with w^T M = 0. Change the entries of y0 that these equations determine."
     ),
     Status.REVERSE_DRIFT: (
         "The state that was recomputed backward in time has moved away from the state that was saved there: the reversed "

@@ -17,6 +17,7 @@ from adjoint_jax.controllers.step_sizes import PIDController
 from adjoint_jax.errors import raise_on_failure
 from adjoint_jax.integrate import Integrator, Report
 from adjoint_jax.interpolation import Trajectory
+from adjoint_jax.linear import algebraic_residuals, is_consistent, ravel
 from adjoint_jax.problem import (
     Problem,
     RunningCost,
@@ -25,6 +26,7 @@ from adjoint_jax.problem import (
     canonical_state,
     hoist,
     hoist_running_cost,
+    state_precision,
     time_dtype,
 )
 from adjoint_jax.saveat import Requests, Rows, SaveAt, hoist_observable, observe
@@ -46,11 +48,12 @@ def solve(
     saveat: PyTree[SaveAt] = SaveAt(t1=True),
     adjoint: AbstractAdjoint = DiscreteAdjoint(),
     running_cost: RunningCost | None = None,
+    mass_matrix: Any = None,
     dt0: Any = None,
     max_steps: int = 4096,
     throw: bool = True,
 ) -> Solution:
-    """Solve dy/dt = vector_field(t, y, args), y(t0) = y0, from t0 to t1.
+    """Solve dy/dt = vector_field(t, y, args), y(t0) = y0, from t0 to t1; or M dy/dt = vector_field(t, y, args).
 
     - `vector_field(t, y, args)`: returns dy/dt, a pytree like y. A function, or an `equinox.Module`, whose arrays receive
       gradients, as do arrays that a function closes over.
@@ -64,13 +67,17 @@ def solve(
     - `running_cost(t, y, args)`: a floating-point number, or a pytree of arrays of them, whose integral from t0 to t1 is
       `solution.cost`: computed by the method's own quadrature over its stages, so to its order, but outside of the error
       estimate. The cost has the precision of the state.
+    - `mass_matrix`: M, for Rosenbrock methods: a constant real array of shape (n, n) for the n entries of y (of all leaves
+      in the order of `jax.flatten_util.ravel_pytree`, real and then imaginary parts of complex ones). It may be singular:
+      the equations w^T vector_field(t, y, args) = 0 for all w with w^T M = 0 are algebraic. They must determine the part
+      of y that M leaves out (a problem of index 1), and y0 must satisfy them.
     - `dt0`: the first step size of an adaptive controller, in units of time; by default it is estimated.
     - `max_steps`: the largest number of attempted steps of a controller without a given grid; static.
     - `throw`: raise `SolveError` if t1 is not reached. If False, see `solution.status`; what was not reached is NaN.
 
     Differentiable in reverse mode with respect to the arrays of `vector_field` and `args`, y0, t0, t1, `saveat.ts` and
     whatever `vector_field`, `running_cost` and `saveat.fn` close over. Tolerances, `dt0` and jump times are constants:
-    differentiating with respect to them raises `TypeError`.
+    differentiating with respect to them raises `TypeError`, and so do M and, with M, all times.
 
     Raises `TypeError` or `ValueError` for arguments that do not fit together, `SolveError` as described above; from within
     a jitted function, JAX's run-time error with the message of the `SolveError`.
@@ -83,6 +90,11 @@ def solve(
     saveats = [save if save.ts is None else eqx.tree_at(_ts, save, tree.as_array(save.ts, dtype)) for save in saveats]
     controller = controller.prepare(dtype)
     y0 = canonical_state(y0)
+    mass = _checked_mass(mass_matrix, solver, y0)
+    if mass is not None:
+        explanation = "With mass_matrix, M, t0, t1 and ts are constants of the derivative: use jax.lax.stop_gradient."
+        mass, t0, t1, saveats = undifferentiable((mass, t0, t1, saveats), explanation)
+        _check_consistency(vector_field, canonical_args(args, y0), y0, jnp.asarray(t0), mass)
     dt0 = None if dt0 is None else positive("dt0", dt0, dtype)
     constants = "{} is a constant of the derivative: wrap it in jax.lax.stop_gradient."
     adjoint = adjoint.prepare(dtype)
@@ -90,7 +102,7 @@ def solve(
     adjoint = undifferentiable(adjoint, constants.format("A tolerance or time of an adjoint's controller"))
     dt0 = undifferentiable(dt0, constants.format("dt0"))
     integrator = Integrator(solver, controller, dt0, max_steps)
-    arguments = vector_field, running_cost, t0, t1, y0, canonical_args(args, y0)
+    arguments = vector_field, running_cost, mass, t0, t1, y0, canonical_args(args, y0)
     parts, solution = _solve(*arguments, integrator, saveats, adjoint, throw)
     ts, ys = (jax.tree.unflatten(structure, part) for part in zip(*parts, strict=True))
     solution = Solution(tree.map(jnp.asarray, ts), ys, *solution)
@@ -125,6 +137,7 @@ def odeint(
 def _solve(
     vector_field: VectorField,
     running_cost: RunningCost | None,
+    mass: Array | None,
     t0: Scalar,
     t1: Scalar,
     y0: Arrays,
@@ -135,7 +148,7 @@ def _solve(
     throw: bool,
 ) -> tuple[list[tuple[Array | None, PyTree[Any]]], tuple[Any, ...]]:
     field, cost = hoist(vector_field, t0, y0, args), hoist_running_cost(running_cost, t0, y0, args)
-    problem = Problem(field, cost, args, y0, t0, t1)
+    problem = Problem(field, cost, args, y0, t0, t1, mass)
     saveats = [_hoisted(save, problem) for save in saveats]
     requests = Requests(
         rows=tuple(Rows(save.ts, save.fn) for save in saveats if save.ts is not None),
@@ -249,6 +262,38 @@ def _check_arguments(
             raise TypeError(f"{name} must be {description}, got {value!r}.")
     if not isinstance(max_steps, int | np.integer) or max_steps < 1:
         raise ValueError(f"max_steps must be a positive Python integer (it is static), got {max_steps!r}.")
+
+
+def _checked_mass(mass_matrix: Any, solver: AbstractSolver, y0: Arrays) -> Array | None:
+    """The mass matrix in the precision of the state. Raises `TypeError` or `ValueError` if it cannot be one."""
+    if mass_matrix is None:
+        return None
+    if not solver.takes_mass:
+        raise ValueError(f"{type(solver).__name__} does not solve problems with a mass_matrix: use Rodas5P().")
+    size = jax.eval_shape(lambda y: ravel(y)[0], y0).shape[0]
+    if np.shape(mass_matrix) != (size, size):
+        raise ValueError(
+            f"mass_matrix must have the shape {(size, size)}, for a state of {size} real numbers, got "
+            f"{np.shape(mass_matrix)}."
+        )
+    if jnp.iscomplexobj(mass_matrix):
+        raise TypeError(f"mass_matrix must be real, got {jnp.result_type(mass_matrix)}.")
+    return jnp.asarray(mass_matrix, state_precision(y0))
+
+
+def _check_consistency(vector_field: VectorField, args: PyTree[Any], y0: Arrays, t0: Scalar, mass: Array) -> None:
+    """Raise `ValueError` if y0 is known now not to satisfy the algebraic equations of a mass matrix."""
+    problem = Problem(vector_field, None, args, y0, t0, t0, mass)
+    if tree.is_traced(*jax.tree.leaves(problem)):
+        return
+    residuals = algebraic_residuals(problem)
+    if not tree.is_traced(*residuals) and not is_consistent(problem):
+        worst = int(jnp.argmax(residuals.relative))
+        raise ValueError(
+            "y0 does not satisfy the algebraic equations that the singular mass_matrix leaves: the combination of "
+            f"vector_field's entries with weights {np.round(residuals.directions[worst], 6)} must vanish at t0, and is "
+            f"{residuals.values[worst]:.6g}. Change the entries of y0 that this equation determines."
+        )
 
 
 def _check_times(t0: Any, t1: Any, dtype: DTypeLike, saveats: list[SaveAt], controller: AbstractController) -> None:

@@ -188,7 +188,7 @@ def problem_cotangent(problem: Problem, parameters: Parameters, y0: Arrays, ends
     """All derivatives with respect to a problem; those of its running cost are zero where it was left out."""
     if parameters.running_cost is None:
         parameters = parameters._replace(running_cost=tree.zeros_like(problem.parameters.running_cost))
-    return Problem(*parameters, y0, *ends)
+    return Problem(*parameters, y0, *ends, mass=tree.zeros_like(problem.mass))
 
 
 def undifferentiable(values: PyTree[Any], explanation: str) -> PyTree[Any]:

@@ -1,5 +1,6 @@
 """Forward sensitivities: a solve through plain loops."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -33,9 +34,7 @@ class ForwardMode(AbstractAdjoint):
         t0, t1 = jax.lax.stop_gradient((problem.t0, problem.t1))
         ends = integrator.controller.interval(t0, t1)
         at_t0, backward = problem.rates(ends.first, problem.y0), -problem.t0
-        moved = Problem(
-            problem.vector_field, problem.running_cost, problem.args, _carried(problem.y0, at_t0.y, backward), t0, t1
-        )
+        moved = dataclasses.replace(problem, y0=_carried(problem.y0, at_t0.y, backward), t0=t0, t1=t1)
         plain = without_observables(requests)
         still = Requests(tuple(Rows(jax.lax.stop_gradient(r.ts), None) for r in plain.rows), plain.states, plain.dense)
         saved, report = integrate(Inputs(moved, still), integrator, valid)

@@ -147,7 +147,11 @@ def prepared(controller: AbstractController, name: str, dtype: DTypeLike) -> Abs
 
 def reverse_integrator(way: Way, solver: AbstractSolver | None, controller: AbstractController | None) -> Integrator:
     """The integrator of the reverse ODE: by default the forward one; where the forward grid is given, steps of its mean
-    size."""
+    size. Raises `ValueError` for a problem with a mass matrix."""
+    if way.problem.mass is not None:
+        raise ValueError(
+            "The continuous adjoints solve the reverse ODE without a mass matrix: with mass_matrix, use DiscreteAdjoint()."
+        )
     forward, max_steps = way.integrator, way.integrator.max_steps
     solver, steps = forward.solver if solver is None else solver, forward.grid_steps(way.problem)
     if controller is None and steps is not None:

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import ClassVar
 
 import equinox as eqx
 import jax
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 
 from adjoint_jax import tree
 from adjoint_jax.interpolation import Interpolant
-from adjoint_jax.linear import AbstractInverse, AbstractJacobian, DenseJacobian
+from adjoint_jax.linear import AbstractInverse, AbstractJacobian, DenseJacobian, times_mass, times_mass_transposed
 from adjoint_jax.problem import Interval, Parameters, Problem, Rates
 from adjoint_jax.quadrature import Nodes, cost_of, gauss_legendre
 from adjoint_jax.solvers.solver import AbstractSolver, Step, StepOutputs, pullback_at, stage_time
@@ -23,10 +24,10 @@ Row = tuple[float, ...]
 class RosenbrockTableau:
     r"""A Rosenbrock method with its error estimate and its dense output.
 
-    One step of size $h$ from $(t, y)$, with $J = \partial f/\partial y$ at $(t, y)$, is
+    One step of size $h$ from $(t, y)$ for $M \dot y = f(t, y)$, with $J = \partial f/\partial y$ at $(t, y)$, is
 
-    $$(I - \gamma h J)\, u_i = \gamma \Big( h f\big(t + \alpha_i h,\; y + \sum_{j<i} a_{ij} u_j\big) + \sum_{j<i} c_{ij} u_j
-    + \gamma_i h^2 \frac{\partial f}{\partial t}(t, y) \Big), \qquad y^+ = y + \sum_i m_i u_i.$$
+    $$(M - \gamma h J)\, u_i = \gamma \Big( h f\big(t + \alpha_i h,\; y + \sum_{j<i} a_{ij} u_j\big)
+    + M \sum_{j<i} c_{ij} u_j + \gamma_i h^2 \frac{\partial f}{\partial t}(t, y) \Big), \qquad y^+ = y + \sum_i m_i u_i.$$
 
     The error estimate is $\sum_i e_i u_i$. The dense output at $t + s h$, $0 \le s \le 1$, is $y + \sum_i \beta_i(s) u_i$
     with $\beta_i(s) = \sum_{p \ge 1} d_{ip} s^p$. This is the form of E. Hairer and G. Wanner, "Solving Ordinary
@@ -77,6 +78,8 @@ class Rosenbrock(AbstractSolver):
       order depends on it.
     """
 
+    takes_mass: ClassVar[bool] = True
+
     tableau: RosenbrockTableau = eqx.field(static=True)
     jacobian: AbstractJacobian = DenseJacobian()
 
@@ -116,8 +119,9 @@ class Rosenbrock(AbstractSolver):
             slope = first
             if i or slope is None:
                 slope = problem.field(*self._stage(interval, y, stages, i))
-            slope = tree.add(slope, tree.scale(h * tableau.gammas[i], slope_in_time))
-            right = _combined(tree.scale(h, slope), tableau.c[i], stages)
+            right = tree.scale(h, tree.add(slope, tree.scale(h * tableau.gammas[i], slope_in_time)))
+            if any(tableau.c[i]):
+                right = tree.add(right, times_mass(problem, tree.weighted_sum(tableau.c[i], stages)))
             stages.append(inverse.solve(tree.scale(tableau.gamma, right)))
         return Step(
             interval=interval,
@@ -150,16 +154,16 @@ class Rosenbrock(AbstractSolver):
     def _nodes(self, interpolant: Interpolant) -> Nodes:
         return gauss_legendre(-(-(self.tableau.dense_order + 1) // 2)).over(interpolant)
 
-    # The transposed step. Let V = I - gamma h J. With ubar_i = dJ/du_i, and lambda_i the solution of
+    # The transposed step. Let V = M - gamma h J. With ubar_i = dJ/du_i, and lambda_i the solution of
     #
     #     V^T lambda_i = gamma ubar_i,
     #
     # the loss sees the field's value in stage i by kappa_i = h lambda_i, its derivative with respect to time by
-    # gamma_i h kappa_i, u_j by c_ij lambda_i, and the matrix, since du_i = -V^-1 dV u_i, by h lambda_i u_i^T for J. With
-    # Y_i the argument of stage i, A = dJ/dy+, G = dJ/dy through what was saved inside the step, and Q_p the derivative with
-    # respect to the interpolant's coefficients, for i = s, ..., 1,
+    # gamma_i h kappa_i, u_j by c_ij M^T lambda_i, and J, since du_i = -V^-1 dV u_i, by h lambda_i u_i^T. With Y_i the
+    # argument of stage i, A = dJ/dy+, G = dJ/dy through what was saved inside the step, and Q_p the derivative with respect
+    # to the interpolant's coefficients, for i = s, ..., 1,
     #
-    #     ubar_i = m_i A + sum_p d_ip Q_p + sum_{j > i} (a_ji mu_j + c_ji lambda_j),
+    #     ubar_i = m_i A + sum_p d_ip Q_p + sum_{j > i} (a_ji mu_j + c_ji M^T lambda_j),
     #     mu_i = (df/dy(Y_i))^T kappa_i,
     #     dJ/dy = A + G + sum_i mu_i + d/dy sum_i <kappa_i, J u_i + gamma_i h df/dt>,
     #     dJ/dtheta += sum_i (df/dtheta(Y_i))^T kappa_i + d/dtheta sum_i <kappa_i, J u_i + gamma_i h df/dt>.
@@ -176,17 +180,18 @@ class Rosenbrock(AbstractSolver):
         problem = problem.without_cost()
         h = interval.end - interval.start
         mus: list[Arrays] = []
-        lambdas: list[Arrays] = []
+        nus: list[Arrays] = []
         kappas: list[Arrays] = []
         gradients: list[Parameters] = []
         for i in reversed(range(len(tableau.m))):
             later = range(i + 1, len(tableau.m))
             weights = [tableau.a[j][i] for j in later] + [tableau.c[j][i] for j in later]
-            ubar = _combined(tree.scale(tableau.m[i], cotangent.after), weights, mus + lambdas)
+            ubar = _combined(tree.scale(tableau.m[i], cotangent.after), weights, mus + nus)
             if cotangent.coefficients is not None:
                 ubar = tree.add(ubar, tree.contract(jnp.asarray(tableau.dense[i]), cotangent.coefficients))
-            lambdas.insert(0, inverse.solve_transposed(tree.scale(tableau.gamma, ubar)))
-            kappas.insert(0, tree.scale(h, lambdas[0]))
+            lambda_i = inverse.solve_transposed(tree.scale(tableau.gamma, ubar))
+            nus.insert(0, times_mass_transposed(problem, lambda_i))
+            kappas.insert(0, tree.scale(h, lambda_i))
             pullback = pullback_at(problem, *self._stage(interval, state, step.stages, i))[1]
             mu, gradient = pullback(Rates(kappas[0], ()))
             mus.insert(0, mu)

@@ -2,7 +2,7 @@
 
 import abc
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import equinox as eqx
 import jax
@@ -43,6 +43,9 @@ class StepOutputs(NamedTuple):
 
 class AbstractSolver(eqx.Module):
     """A one-step method. Static sizes are properties; all arrays pass through arguments."""
+
+    takes_mass: ClassVar[bool] = False
+    """Whether it solves problems with a mass matrix."""
 
     @property
     @abc.abstractmethod
