@@ -10,7 +10,10 @@ from adjoint_jax.adjoints.keep import KeepLinearisations, KeepStages, KeepStates
 from adjoint_jax.adjoints.reversible import ReversibleAdjoint
 from adjoint_jax.controllers.grids import FixedSteps, StepTo
 from adjoint_jax.controllers.step_sizes import ConstantStepSize, PIDController, rms_norm
-from adjoint_jax.linear import DenseJacobian
+from adjoint_jax.linear.banded import BandedJacobian
+from adjoint_jax.linear.dense import DenseJacobian
+from adjoint_jax.linear.krylov import KrylovJacobian
+from adjoint_jax.linear.sparse import SparseJacobian
 from adjoint_jax.saveat import SaveAt
 from adjoint_jax.solution import Solution, SolveError, Stats, Status
 from adjoint_jax.solve import odeint, solve
@@ -26,6 +29,7 @@ __all__ = [
     "RK4",
     "AsynchronousLeapfrog",
     "BacksolveAdjoint",
+    "BandedJacobian",
     "Bosh3",
     "ButcherTableau",
     "ConstantStepSize",
@@ -43,6 +47,7 @@ __all__ = [
     "KeepLinearisations",
     "KeepStages",
     "KeepStates",
+    "KrylovJacobian",
     "Midpoint",
     "PIDController",
     "Ralston",
@@ -57,6 +62,7 @@ __all__ = [
     "SaveAt",
     "Solution",
     "SolveError",
+    "SparseJacobian",
     "Stats",
     "Status",
     "StepTo",

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from adjoint_jax import tree
 from adjoint_jax.controllers.controller import AbstractController, AbstractStepSize
 from adjoint_jax.lanes import any_lane
-from adjoint_jax.linear import is_consistent
+from adjoint_jax.linear.mass import is_consistent
 from adjoint_jax.problem import Problem
 from adjoint_jax.recorders import AbstractRecorder, Layout, Place
 from adjoint_jax.solution import Stats, Status

@@ -17,7 +17,8 @@ from adjoint_jax.controllers.step_sizes import PIDController
 from adjoint_jax.errors import raise_on_failure
 from adjoint_jax.integrate import Integrator, Report
 from adjoint_jax.interpolation import Trajectory
-from adjoint_jax.linear import algebraic_residuals, is_consistent, ravel
+from adjoint_jax.linear.jacobian import ravel
+from adjoint_jax.linear.mass import algebraic_residuals, is_consistent
 from adjoint_jax.problem import (
     Problem,
     RunningCost,

@@ -11,7 +11,9 @@ import jax.numpy as jnp
 
 from adjoint_jax import tree
 from adjoint_jax.interpolation import Interpolant
-from adjoint_jax.linear import AbstractInverse, AbstractJacobian, DenseJacobian, times_mass, times_mass_transposed
+from adjoint_jax.linear.dense import DenseJacobian
+from adjoint_jax.linear.jacobian import AbstractInverse, AbstractJacobian
+from adjoint_jax.linear.mass import times_mass, times_mass_transposed
 from adjoint_jax.problem import Interval, Parameters, Problem, Rates
 from adjoint_jax.quadrature import Nodes, cost_of, gauss_legendre
 from adjoint_jax.solvers.solver import AbstractSolver, Step, StepOutputs, pullback_at, stage_time

@@ -1,0 +1,1 @@
+"""Linear systems with the Jacobian of the vector field, which implicit methods solve."""

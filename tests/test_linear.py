@@ -1,0 +1,162 @@
+"""Jacobians and the systems with them, against dense matrices; reaction and diffusion with each of them."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from problems import compare, jit
+
+import adjoint_jax as aj
+from adjoint_jax.linear.jacobian import ravel
+from adjoint_jax.linear.sparse import coloured
+from adjoint_jax.problem import Problem
+
+RANDOM = np.random.default_rng(5)
+
+
+def linear_field(t, y, matrix):
+    """Linear in the real numbers of the state; complex leaves are mixed with their conjugates."""
+    flat, unravel = ravel(y)
+    return unravel((1 + t) * matrix @ flat)
+
+
+def banded(n, lower, upper):
+    rows, columns = np.indices((n, n))
+    inside = (rows - columns <= lower) & (columns - rows <= upper)
+    return np.where(inside, RANDOM.normal(size=(n, n)), 0.0)
+
+
+def problem(matrix, y, mass=None):
+    t = jnp.array(0.5)
+    return Problem(linear_field, None, jnp.asarray(matrix), y, t, t, None if mass is None else jnp.asarray(mass))
+
+
+DENSE = {n: RANDOM.normal(size=(n, n)) for n in (1, 2, 3, 4, 7, 16, 30)}
+BANDS = [(1, 0, 0), (5, 1, 1), (33, 1, 1), (40, 3, 1), (48, 0, 2), (50, 20, 17), (64, 2, 2)]
+JACOBIANS = [(aj.DenseJacobian(), matrix) for matrix in DENSE.values()]
+JACOBIANS += [(aj.DenseJacobian(lambda t, y, matrix: (1 + t) * matrix), DENSE[7])]
+JACOBIANS += [(aj.BandedJacobian(lower, upper), banded(n, lower, upper)) for n, lower, upper in BANDS]
+JACOBIANS += [(aj.SparseJacobian(sparse != 0), sparse) for sparse in (banded(30, 2, 1)[:, ::-1], DENSE[3])]
+JACOBIANS += [(aj.KrylovJacobian(rtol=1e-12, restart=30), DENSE[30])]
+
+
+@pytest.mark.parametrize("massive", [False, True])
+@pytest.mark.parametrize(
+    ("jacobian", "matrix"), JACOBIANS, ids=[f"{type(j).__name__} {len(m)} {i}" for i, (j, m) in enumerate(JACOBIANS)]
+)
+def test_systems_and_their_transposes(jacobian, matrix, massive):
+    n, g = len(matrix), jnp.array(0.13)
+    mass = np.where(matrix != 0, 2.0 + RANDOM.normal(size=(n, n)) / n, 0.0) if massive else None
+    y, right = jnp.asarray(RANDOM.normal(size=(2, n)))
+
+    @jit
+    def both(right):
+        inverse = jacobian.inverse(problem(matrix, y, mass), jnp.array(0.5), y, g)
+        return inverse.solve(right), inverse.solve_transposed(right)
+
+    solved, solved_transposed = both(right)
+    whole = (np.eye(n) if mass is None else mass) - 0.13 * 1.5 * matrix
+    np.testing.assert_allclose(solved, np.linalg.solve(whole, right), rtol=1e-8, atol=1e-9)
+    np.testing.assert_allclose(solved_transposed, np.linalg.solve(whole.T, right), rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize("jacobian", [aj.DenseJacobian(), aj.BandedJacobian(6, 6), aj.KrylovJacobian(rtol=1e-12)])
+def test_states_of_several_kinds(jacobian):
+    """The transpose is that of JAX: the pairing of tangents and cotangents is kept, for complex leaves too."""
+    y = {"a": jnp.array([1.0 + 2j, 0.3j]), "b": jnp.ones((3, 1))}
+    inverse = jacobian.inverse(problem(DENSE[7], y), jnp.array(0.5), y, jnp.array(0.2))
+    tangent, cotangent = ({"a": jnp.array([0.2 - k, 1j * k]), "b": k * jnp.arange(3.0)[:, None]} for k in (1.3, 0.7))
+
+    def pairing(c, t):
+        return sum(jnp.sum(a * b).real for a, b in zip(*map(jax.tree.leaves, (c, t)), strict=True))
+
+    solved = inverse.solve(tangent)
+    assert jax.tree.map(jnp.shape, solved) == jax.tree.map(jnp.shape, y)
+    assert jax.tree.map(jnp.result_type, solved) == jax.tree.map(jnp.result_type, y)
+    np.testing.assert_allclose(pairing(cotangent, solved), pairing(inverse.solve_transposed(cotangent), tangent), rtol=1e-9)
+
+
+def test_colours():
+    assert len(set(coloured(banded(50, 2, 1) != 0))) == 4
+    assert len(set(coloured(np.eye(9, dtype=bool)))) == 1
+    arrow = np.eye(9, dtype=bool)
+    arrow[0] = arrow[:, 0] = True
+    assert len(set(coloured(arrow))) == 9
+    assert len(set(coloured(arrow.T & (np.arange(9) < 9) & ~np.eye(9, dtype=bool)[::-1]))) >= 8
+
+
+@pytest.mark.parametrize("jacobian", [aj.BandedJacobian(1, 1), aj.SparseJacobian(banded(30, 1, 1) != 0)])
+@pytest.mark.parametrize("where", ["jacobian", "mass"])
+def test_entries_elsewhere_are_noticed(jacobian, where):
+    if where == "mass" and isinstance(jacobian, aj.SparseJacobian):
+        pytest.skip("A sparse Jacobian stands beside any mass matrix.")
+    matrix, mass, y = banded(30, 1, 1), np.eye(30), jnp.ones(30)
+    (matrix if where == "jacobian" else mass)[20, 4] = 0.1
+    inverse = jacobian.inverse(problem(matrix, y, mass), jnp.array(0.5), y, jnp.array(0.1))
+    assert np.isnan(inverse.solve(y)).any()
+
+
+def test_wrong_structures_are_refused():
+    y = jnp.ones(3)
+    for jacobian, message in (
+        (aj.SparseJacobian(np.eye(2)), r"shape \(3, 3\)"),
+        (aj.DenseJacobian(lambda t, y, args: jnp.eye(2)), r"shape \(3, 3\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            jacobian.inverse(problem(DENSE[3], y), jnp.array(0.5), y, jnp.array(0.1))
+    with pytest.raises(ValueError, match="negative"):
+        aj.BandedJacobian.__check_init__(type("Fields", (), {"lower": -1, "upper": 0}))
+
+
+# Reaction and diffusion
+
+
+NODES = 12
+
+
+def brusselator(t, y, rates):
+    """Two interleaved species with diffusion between fixed ends (Hairer and Wanner, section IV.1)."""
+    u, v = y.reshape(NODES, 2).T
+    diffusion = rates[0] * (NODES + 1) ** 2
+
+    def spread(w, end):
+        padded = jnp.concatenate([jnp.full(1, end), w, jnp.full(1, end)])
+        return diffusion * (padded[2:] - 2 * w + padded[:-2])
+
+    production = u**2 * v - rates[1] * u
+    return jnp.stack([1 - u + production + spread(u, 1.0), -production + spread(v, 3.0)], axis=1).reshape(-1)
+
+
+X = np.arange(1, NODES + 1) / (NODES + 1)
+Y0 = np.stack([1 + np.sin(2 * np.pi * X), np.full(NODES, 3.0)], axis=1).reshape(-1)
+STRUCTURES = {
+    "dense": aj.DenseJacobian(),
+    "banded": aj.BandedJacobian(2, 2),
+    "sparse": aj.SparseJacobian(abs(np.subtract.outer(np.arange(2 * NODES), np.arange(2 * NODES))) <= 2),
+    "krylov": aj.KrylovJacobian(rtol=1e-12, restart=24),
+}
+
+
+@functools.cache
+def reaction_and_diffusion(structure):
+    def end(rates, y0):
+        options = {"solver": aj.Rosenbrock23(jacobian=STRUCTURES[structure]), "controller": aj.PIDController(1e-4, 1e-6)}
+        solution = aj.solve(brusselator, 0.0, 2.0, y0, rates, **options)
+        return jnp.dot(solution.ys[0], jnp.cos(jnp.arange(2.0 * NODES))), solution.stats.accepted
+
+    return jit(jax.value_and_grad(end, (0, 1), has_aux=True))(jnp.array([0.02, 4.0]), jnp.asarray(Y0))
+
+
+@pytest.mark.parametrize("structure", ["banded", "sparse", "krylov"])
+def test_structures_change_no_solution_and_no_gradient(structure):
+    compare(reaction_and_diffusion(structure), reaction_and_diffusion("dense"), 1e-6 if structure == "krylov" else 1e-9)
+
+
+def test_reaction_and_diffusion_against_an_explicit_method():
+    controller = aj.PIDController(1e-7, 1e-9)
+    exact = aj.solve(brusselator, 0.0, 2.0, jnp.asarray(Y0), jnp.array([0.02, 4.0]), controller=controller).ys[0]
+    (got, steps), _ = reaction_and_diffusion("dense")
+    np.testing.assert_allclose(got, exact @ np.cos(np.arange(2.0 * NODES)), rtol=1e-3)
+    assert steps < 150
