@@ -129,7 +129,7 @@ def convection(t: Any, y: Sequence[Any], p: Sequence[Any]) -> tuple[Any, ...]:
 
 
 def van_der_pol(lanes: int) -> Problem:
-    """Van der Pol's oscillator to t = 20, with mu log-uniform in [0.1, 50]: some lanes need many times the steps of others."""
+    """Van der Pol's oscillator to t = 20, with mu log-uniform in [0.1, 50]: some need many times the steps of others."""
     mu = np.exp(_random().uniform(np.log(0.1), np.log(50.0), size=(RANDOM_LANES, 1)))[:lanes]
     y0 = np.array([2.0, 0.0])
     return Problem("van-der-pol", Components(relaxation), mu, y0, 0.0, 20.0, lanes=lanes, max_steps=16384, bound=8192)

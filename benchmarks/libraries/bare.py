@@ -61,7 +61,8 @@ def remat_square_root(step: Callable[[Carry], Carry], start: Carry, steps: int) 
 def fixed(problem: Problem, quantity: Quantity, step: Step, loop: Loop) -> Program:
     """A fixed number of steps of one method in one kind of loop."""
     field, steps = problem.equation.field(jnp), problem.steps
-    assert steps is not None and problem.ts is None
+    assert steps is not None
+    assert problem.ts is None
 
     def solve(y0: jax.Array, parameters: Any, tolerance: Any) -> tuple[jax.Array, Told]:
         del tolerance
@@ -104,7 +105,8 @@ class LanesProgram(JaxProgram):
 def lanes(problem: Problem, quantity: Quantity) -> Program:
     """Adaptive Tsit5 for many lanes of few components, with a step size for each lane."""
     components = problem.equation
-    assert isinstance(components, Components) and problem.ts is None
+    assert isinstance(components, Components)
+    assert problem.ts is None
 
     def solve(y0: jax.Array, parameters: jax.Array, tolerance: jax.Array) -> tuple[jax.Array, Told]:
         count = parameters.shape[0]

@@ -46,7 +46,7 @@ class Settings:
     """How diffrax solves."""
 
     adjoint: diffrax.AbstractAdjoint
-    solver: diffrax.AbstractSolver = diffrax.Tsit5()
+    solver: diffrax.AbstractSolver
     controller: Controller = documented
 
 
@@ -119,8 +119,8 @@ def _limit(problem: Problem) -> int:
 
 
 class Tuned:
-    """diffrax at its best: a tight limit of steps; forward without the machinery of checkpoints, gradients with a checkpoint
-    for every step, so that nothing is computed twice; a PI controller."""
+    """diffrax at its best: a tight limit of steps; forward without the machinery of checkpoints, gradients with a
+    checkpoint for every step, so that nothing is computed twice; a PI controller."""
 
     def __init__(self, solver: diffrax.AbstractSolver, solve_as: Callable[[Problem, Settings, int], Solve]):
         self.solver, self.solve_as = solver, solve_as
@@ -134,11 +134,12 @@ class Tuned:
 
 
 _default, _backsolve = diffrax.RecursiveCheckpointAdjoint(), diffrax.BacksolveAdjoint()
-default = With(Settings(_default))
+_tsit5 = diffrax.Tsit5()
+default = With(Settings(_default, _tsit5))
 default_rk4 = With(Settings(_default, RK4()))
-backsolve = With(Settings(_backsolve))
+backsolve = With(Settings(_backsolve, _tsit5))
 backsolve_rk4 = With(Settings(_backsolve, RK4()))
-forward_mode = With(Settings(diffrax.ForwardMode(), controller=proportional), forward_gradient)
-tuned = Tuned(diffrax.Tsit5(), solve_by)
+forward_mode = With(Settings(diffrax.ForwardMode(), _tsit5, proportional), forward_gradient)
+tuned = Tuned(_tsit5, solve_by)
 tuned_rk4 = Tuned(RK4(), solve_by)
-tuned_tuple = Tuned(diffrax.Tsit5(), solve_on_tuples)
+tuned_tuple = Tuned(_tsit5, solve_on_tuples)

@@ -1,7 +1,7 @@
 """gradsolve: Tsit5 steps are recorded by an adaptive solve, and replayed by a scan that JAX differentiates.
 
-Its recorder runs outside of JAX's transformations, for states and parameters that are vectors, in float64. Recording is part
-of every call here, as of every call of the other libraries; that of a mesh that is given is shown too.
+Its recorder runs outside of JAX's transformations, for states and parameters that are vectors, in float64. Recording is
+part of every call here, as choosing steps is of the other libraries' calls; the replay of a given mesh is shown too.
 """
 
 import functools

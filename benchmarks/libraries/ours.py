@@ -61,26 +61,27 @@ class With:
     """A choice of an adjoint and a method."""
 
     adjoint: AbstractAdjoint
-    solver: AbstractSolver = aj.Tsit5()
+    solver: AbstractSolver
     derivative: Derivative = jax.grad
 
     def __call__(self, problem: Problem, quantity: Quantity) -> Program:
         return OurProgram(problem, quantity, self.adjoint, self.solver, self.derivative)
 
 
-discrete = With(aj.DiscreteAdjoint())
-discrete_rk4 = With(aj.DiscreteAdjoint(), aj.RK4())
-stages = With(aj.DiscreteAdjoint(keep=aj.KeepStages()))
-linearisations = With(aj.DiscreteAdjoint(keep=aj.KeepLinearisations()))
-linearisations_rk4 = With(aj.DiscreteAdjoint(keep=aj.KeepLinearisations()), aj.RK4())
-gauss = With(aj.GaussAdjoint())
-backsolve = With(aj.BacksolveAdjoint())
-backsolve_rk4 = With(aj.BacksolveAdjoint(), aj.RK4())
-reversible_rk4 = With(aj.ReversibleAdjoint(), aj.Reversible(aj.RK4()))
-forward_mode = With(aj.ForwardMode(), derivative=forward_gradient)
+_tsit5, _rk4 = aj.Tsit5(), aj.RK4()
+discrete = With(aj.DiscreteAdjoint(), _tsit5)
+discrete_rk4 = With(aj.DiscreteAdjoint(), _rk4)
+stages = With(aj.DiscreteAdjoint(keep=aj.KeepStages()), _tsit5)
+linearisations = With(aj.DiscreteAdjoint(keep=aj.KeepLinearisations()), _tsit5)
+linearisations_rk4 = With(aj.DiscreteAdjoint(keep=aj.KeepLinearisations()), _rk4)
+gauss = With(aj.GaussAdjoint(), _tsit5)
+backsolve = With(aj.BacksolveAdjoint(), _tsit5)
+backsolve_rk4 = With(aj.BacksolveAdjoint(), _rk4)
+reversible_rk4 = With(aj.ReversibleAdjoint(), aj.Reversible(_rk4))
+forward_mode = With(aj.ForwardMode(), _tsit5, forward_gradient)
 
 
 def square_root_checkpoints_rk4(problem: Problem, quantity: Quantity) -> Program:
     """As many checkpoints as the square root of the number of steps."""
     assert problem.steps is not None
-    return OurProgram(problem, quantity, aj.DiscreteAdjoint(checkpoints=round(problem.steps**0.5)), aj.RK4())
+    return OurProgram(problem, quantity, aj.DiscreteAdjoint(checkpoints=round(problem.steps**0.5)), _rk4)
