@@ -49,6 +49,7 @@ def warm_up() -> None:
 
 def race(case: Case, problem: Problem, length: Length) -> Iterator[Measurement]:
     """Every contestant at every tolerance: compiled first, then called in turns."""
+    references.check(problem)
     entries: list[Entry] = []
     for contestant in case.contestants:
         for prepared in _prepared(case, problem, contestant):
@@ -63,6 +64,7 @@ def race(case: Case, problem: Problem, length: Length) -> Iterator[Measurement]:
 
 def alone(case: Case, problem: Problem, length: Length) -> Iterator[Measurement]:
     """The contestants built in the process's first moments, and called once to see how it grows."""
+    references.check(problem)
     del length
     for contestant in case.contestants:
         blank = _blank(case, problem, contestant, Mode.ALONE)

@@ -40,6 +40,12 @@ def error(numbers: np.ndarray, problem: Problem, quantity: Quantity) -> float:
     return float(np.median(deviation / scale[:lanes]))
 
 
+def check(problem: Problem) -> None:
+    """Raise `FileNotFoundError` if the problem has no reference, before anything is measured."""
+    for quantity in Quantity:
+        _stored(problem.reference, quantity)
+
+
 @functools.cache
 def _stored(name: str, quantity: Quantity) -> tuple[np.ndarray, np.ndarray]:
     with np.load(FOLDER / f"{name}.npz") as stored:
