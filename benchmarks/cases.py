@@ -75,7 +75,7 @@ class Quality(enum.Enum):
     BUILD = "build"
     """To trace, lower and compile."""
     MEMORY = "memory"
-    """Peak memory of a call, beyond what the process had before."""
+    """What the compiler plans for a call, beyond the inputs."""
     IMPORT = "import"
     """Seconds to import, compared with nothing: the ratio is the limit."""
 
@@ -85,7 +85,8 @@ EVERY_PEER = ("every peer",)
 
 
 class Want(NamedTuple):
-    """`quality` of `ours` is wanted to be at most `ratio` times that of the best of `against`, in this case."""
+    """`quality` of `ours` is wanted to be at most `ratio` times that of the best of `against`, in the same case or in
+    another one."""
 
     case: str
     ours: str
@@ -93,6 +94,7 @@ class Want(NamedTuple):
     ratio: float
     tolerance: float | None = None
     quality: Quality = Quality.TIME
+    than_in: str | None = None
 
 
 class Row(NamedTuple):

@@ -95,15 +95,15 @@ def time_ratio(ours: Measurement, theirs: Iterable[Measurement]) -> Cost | None:
 
 def verdict(want: Want, measurements: Iterable[Measurement]) -> Verdict | None:
     """What came of something wanted; None if it was not measured."""
-    case = [m for m in measurements if m.case == want.case and m.problem is None]
-    own = [m for m in case if m.contestant == want.ours and m.tolerance == want.tolerance]
-    names = {m.contestant for m in case if _counts(m, want)}
+    measured = [m for m in measurements if m.problem is None]
+    own = [m for m in measured if (m.case, m.contestant, m.tolerance) == (want.case, want.ours, want.tolerance)]
+    others = [m for m in measured if m.case == (want.than_in or want.case) and _counts(m, want)]
     if want.quality is Quality.IMPORT:
         seconds = [m.milliseconds / 1e3 for m in own if m.milliseconds is not None]
         return Verdict(want, seconds[0], "a limit in seconds", Reading.MEASURED) if seconds else None
     ratios = []
-    for name in names:
-        cost = _ratio(want, own, [m for m in case if m.contestant == name])
+    for name in {m.contestant for m in others}:
+        cost = _ratio(want, own, [m for m in others if m.contestant == name])
         if cost is not None:
             ratios.append(Verdict(want, cost.value, name, cost.reading))
     return max(ratios, key=lambda v: v.ratio, default=None)
@@ -126,4 +126,4 @@ def _ratio(want: Want, own: list[Measurement], theirs: list[Measurement]) -> Cos
 
 
 def _alone(measurement: Measurement, quality: Quality) -> float | None:
-    return measurement.build if quality is Quality.BUILD else measurement.peak_bytes
+    return measurement.build if quality is Quality.BUILD else measurement.planned_bytes

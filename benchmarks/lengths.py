@@ -29,7 +29,7 @@ class Length:
         return sizes[: self.variants]
 
     def lanes(self, *lanes: int) -> tuple[int, ...]:
-        return tuple(count for count in lanes if count <= self.largest_lanes)
+        return tuple(dict.fromkeys(min(count, self.largest_lanes) for count in lanes))
 
     def steps(self, *steps: int) -> tuple[int, ...]:
         return tuple(count for count in steps if count <= self.largest_steps)

@@ -81,7 +81,7 @@ class Problem:
 
 SAVE_TIMES = ((1.0, 2), (1.0, 1000), (100.0, 2), (100.0, 5))
 """Ends and numbers of save times: few and many, within few steps and over many."""
-RING_SIZES = (16, 256, 4096, 65536)
+RING_SIZES = (256, 4096, 65536)
 WIDTHS = (64, 256, 1024)
 SMALL, LARGE, DEEP = ((16, 64, 64, 16), 128), ((64, 512, 512, 64), 256), ((32, 128, 128, 32), 64)
 NETWORKS = (SMALL, LARGE, DEEP, *(((16, width, width, 16), None) for width in WIDTHS))

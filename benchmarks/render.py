@@ -49,6 +49,7 @@ def _verdicts(row: Row, run: Run) -> Iterable[str]:
     for want in row.wants:
         at = "" if want.tolerance is None else f", {want.tolerance:.0e}"
         unit = " s" if want.quality is Quality.IMPORT else f" of {_listed(want.against)}"
+        unit += "" if want.than_in is None else f" in {want.than_in}"
         what = {Quality.MEMORY: ", memory", Quality.BUILD: ", build"}.get(want.quality, "")
         start = f"| {want.case}{at}{what}: {want.ours} | ≤ {want.ratio:g}{unit} |"
         verdict = compare.verdict(want, run.measurements)
@@ -136,7 +137,14 @@ def _build(m: Measurement, _: float | None) -> str:
 
 
 def _planned(m: Measurement, _: float | None) -> str:
-    return "" if m.temporary_bytes is None else f"{((m.temporary_bytes + (m.output_bytes or 0)) / 1e6):.3g}"
+    return "" if m.planned_bytes is None else f"{m.planned_bytes / 1e6:.3g}"
+
+
+def _lockstep(m: Measurement, _: float | None) -> str:
+    if m.lanes is None or "largest_steps" not in m.told:
+        return ""
+    needed = m.told["accepted"] + m.told["rejected"]
+    return f"{m.lanes * m.told['largest_steps'] / needed:.2f}"
 
 
 def _work(m: Measurement, _: float | None) -> str:
@@ -164,4 +172,5 @@ COLUMNS: list[Column] = [
     ("peak MB of a call", _megabytes(lambda m: m.peak_bytes)),
     ("peak MB of the process", _megabytes(lambda m: m.process_bytes)),
     ("work", _work),
+    ("steps in lockstep / needed", _lockstep),
 ]

@@ -52,6 +52,11 @@ class Measurement:
             return None
         return self.trace + self.lower + self.compile
 
+    @property
+    def planned_bytes(self) -> int | None:
+        """What the compiler plans for a call, beyond the inputs."""
+        return None if self.temporary_bytes is None else self.temporary_bytes + (self.output_bytes or 0)
+
 
 @dataclasses.dataclass(frozen=True)
 class Run:
