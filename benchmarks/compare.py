@@ -56,6 +56,8 @@ class Point(NamedTuple):
 
 
 LEAST_ERROR = 1e-16
+SAME = 1.1
+"""Errors whose ratio is smaller are not told apart."""
 
 
 def front(measurements: Iterable[Measurement]) -> list[Point]:
@@ -75,10 +77,11 @@ def front(measurements: Iterable[Measurement]) -> list[Point]:
 def time_at(error: float, points: list[Point]) -> Cost:
     """The time that the contestant with these points would take for this error."""
     error = max(error, LEAST_ERROR)
-    if error <= points[0].error:
-        return Cost(points[0].milliseconds, Reading.MEASURED if error == points[0].error else Reading.LESS_ACCURATE)
-    if error >= points[-1].error:
-        return Cost(points[-1].milliseconds, Reading.MEASURED if error == points[-1].error else Reading.MORE_ACCURATE)
+    best, fastest = points[0], points[-1]
+    if error <= best.error:
+        return Cost(best.milliseconds, Reading.MEASURED if best.error < SAME * error else Reading.LESS_ACCURATE)
+    if error >= fastest.error:
+        return Cost(fastest.milliseconds, Reading.MEASURED if error < SAME * fastest.error else Reading.MORE_ACCURATE)
     low, high = next((a, b) for a, b in itertools.pairwise(points) if a.error <= error <= b.error)
     weight = math.log(error / low.error) / math.log(high.error / low.error)
     return Cost(low.milliseconds ** (1 - weight) * high.milliseconds**weight, Reading.MEASURED)

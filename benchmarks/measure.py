@@ -115,6 +115,9 @@ def counted(case: Case, problem: Problem, length: Length) -> Iterator[Measuremen
 SLOW = 1.0
 """A first call that takes so many seconds is the first turn: it is compiled, and warming up does not matter to it."""
 
+REST = 0.01
+"""Seconds between two programs, in which threads of the first stop looking for work."""
+
 
 def time_in_turns(entries: list[Entry], length: Length) -> list[list[float]]:
     """Seconds a call, one number for each turn; within a turn every program runs once for a while."""
@@ -123,6 +126,7 @@ def time_in_turns(entries: list[Entry], length: Length) -> list[list[float]]:
     for _ in range(length.turns):
         for entry, estimate, taken in zip(entries, estimates, seconds, strict=True):
             if len(taken) < length.turns_of(estimate):
+                time.sleep(REST)
                 taken.append(_a_while(entry.executable, length.turn_seconds))
     return seconds
 

@@ -176,7 +176,7 @@ def _duffing(length: Length) -> Row:
         for quantity, ratio in ((FORWARD, 1.2), (GRADIENT, 1.0)):
             name = f"{quantity.value}, {method}"
             races.append(_race(name, problem, quantity, who))
-            wants.append(Want(name, by.DISCRETE.name, (by.BARE_RK4.name, by.BARE_RK4_REMAT.name), ratio))
+            wants.append(Want(name, by.DISCRETE.name, (by.BARE_RK4.name,), ratio))
     return Row(f"Duffing oscillator, {steps:,} fixed steps, float64", tuple(races), tuple(wants))
 
 
