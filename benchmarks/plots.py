@@ -20,9 +20,9 @@ FAMILIES = {
     "jax.experimental.ode": "Greens",
     "gradsolve": "Purples",
     "torch": "Reds",
-    "SciPy": "Greys",
+    "SciPy": "RdPu",
     "CVODES": "copper",
-    "bare": "gray",
+    "bare": "Greys",
 }
 """Colours by the beginnings of names."""
 MARKERS = "os^DvPX*<>"
@@ -123,7 +123,7 @@ def _figure(
     up: Coordinate,
     labels: tuple[str, str],
 ) -> Path:
-    columns = min(3, len(panels))
+    columns = 2 if len(panels) == 4 else min(3, len(panels))
     lines = -(-len(panels) // columns)
     figure, grid = plt.subplots(lines, columns, figsize=(4.6 * columns + 2.6, 3.8 * lines), squeeze=False)
     for axes, (name, measurements) in itertools.zip_longest(grid.flat, panels.items(), fillvalue=(None, None)):

@@ -57,11 +57,11 @@ def _verdicts(row: Row, run: Run) -> Iterable[str]:
             yield f"{start} not measured | |"
             continue
         mark = "✓" if verdict.holds else "✗"
-        yield f"{start} {verdict.ratio:.2f} {mark}{READINGS[verdict.reading]} | {verdict.against} |"
+        yield f"{start} {verdict.ratio:.2g} {mark}{READINGS[verdict.reading]} | {verdict.against} |"
 
 
 def _listed(names: tuple[str, ...]) -> str:
-    return names[0] if len(names) == 1 else f"the best of {', '.join(names)}"
+    return names[0] if len(names) == 1 else f"the best of: {'; '.join(names)}"
 
 
 Column = tuple[str, Callable[[Measurement, float | None], str]]
@@ -166,7 +166,7 @@ COLUMNS: list[Column] = [
     ("µs a lane", _per_lane),
     ("µs a step", _per_step),
     ("error", lambda m, _: "" if m.error is None else f"{m.error:.1e}"),
-    ("ours / it at equal error", lambda m, ratio: "" if ratio is None or m.mode != "race" else f"{ratio:.2f}"),
+    ("ours / it at equal error", lambda m, ratio: "" if ratio is None or m.mode != "race" else f"{ratio:.2g}"),
     ("trace + lower + compile, s", _build),
     ("planned MB", _planned),
     ("peak MB of a call", _megabytes(lambda m: m.peak_bytes)),
