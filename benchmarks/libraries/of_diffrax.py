@@ -28,26 +28,12 @@ class RK4(diffrax.AbstractERK):
         return 4
 
 
-Controller = Callable[[Any], diffrax.AbstractStepSizeController]
-
-
-def documented(tolerance: Any) -> diffrax.AbstractStepSizeController:
-    """The documentation's controller, with its default coefficients, which make it an I controller."""
-    return diffrax.PIDController(rtol=tolerance, atol=tolerance)
-
-
-def proportional(tolerance: Any) -> diffrax.AbstractStepSizeController:
-    """A PI controller, with coefficients that the documentation recommends."""
-    return diffrax.PIDController(rtol=tolerance, atol=tolerance, pcoeff=0.3, icoeff=0.4)
-
-
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """How diffrax solves."""
+    """How diffrax solves. Steps are chosen by its default controller, an I controller: see the README for others."""
 
     adjoint: diffrax.AbstractAdjoint
     solver: diffrax.AbstractSolver
-    controller: Controller = documented
 
 
 def solve_by(problem: Problem, settings: Settings, max_steps: int) -> Solve:
@@ -77,7 +63,7 @@ def _solve(problem: Problem, field: Callable[..., Any], settings: Settings, max_
 
     def solve(y0: Any, parameters: Any, tolerance: Any) -> tuple[Any, Told]:
         t0, t1 = (jnp.asarray(t, problem.dtype) for t in (problem.t0, problem.t1))
-        dt0, controller = None, settings.controller(tolerance)
+        dt0, controller = None, diffrax.PIDController(rtol=tolerance, atol=tolerance)
         if problem.steps is not None:
             dt0, controller = (t1 - t0) / problem.steps, diffrax.ConstantStepSize()
         solution = diffrax.diffeqsolve(
@@ -120,7 +106,7 @@ def _limit(problem: Problem) -> int:
 
 class Tuned:
     """diffrax at its best: a tight limit of steps; forward without the machinery of checkpoints, gradients with a
-    checkpoint for every step, so that nothing is computed twice; a PI controller."""
+    checkpoint for every step, so that nothing is computed twice."""
 
     def __init__(self, solver: diffrax.AbstractSolver, solve_as: Callable[[Problem, Settings, int], Solve]):
         self.solver, self.solve_as = solver, solve_as
@@ -129,7 +115,7 @@ class Tuned:
         bound = problem.bound if problem.steps is None else _limit(problem)
         store_all = diffrax.RecursiveCheckpointAdjoint(checkpoints=bound)
         adjoint = diffrax.ForwardMode() if quantity is Quantity.FORWARD else store_all
-        settings = Settings(adjoint, self.solver, proportional)
+        settings = Settings(adjoint, self.solver)
         return JaxProgram(problem, quantity, self.solve_as(problem, settings, bound))
 
 
@@ -139,7 +125,7 @@ default = With(Settings(_default, _tsit5))
 default_rk4 = With(Settings(_default, RK4()))
 backsolve = With(Settings(_backsolve, _tsit5))
 backsolve_rk4 = With(Settings(_backsolve, RK4()))
-forward_mode = With(Settings(diffrax.ForwardMode(), _tsit5, proportional), forward_gradient)
+forward_mode = With(Settings(diffrax.ForwardMode(), _tsit5), forward_gradient)
 tuned = Tuned(_tsit5, solve_by)
 tuned_rk4 = Tuned(RK4(), solve_by)
 tuned_tuple = Tuned(_tsit5, solve_on_tuples)
