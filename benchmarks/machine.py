@@ -10,6 +10,8 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import jax
+
 PACKAGES = (
     "adjoint_jax",
     "jax",
@@ -67,6 +69,11 @@ def commit() -> str:
     return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "--", "adjoint_jax") else "")
 
 
+def on_device() -> dict[str, int] | None:
+    """What JAX knows of its device's memory: nothing on a CPU."""
+    return jax.local_devices()[0].memory_stats()
+
+
 def release_free_memory() -> None:
     """Hand what was freed back to the system, so that growth can be seen."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
@@ -75,7 +82,10 @@ def release_free_memory() -> None:
 
 
 def restart_peak() -> int | None:
-    """Make the present size of the process its peak, where the system can (Linux), and tell it."""
+    """The bytes in use: on an accelerator those of JAX, otherwise the size of the process, which becomes its peak (Linux)."""
+    device = on_device()
+    if device is not None:
+        return device["bytes_in_use"]
     release_free_memory()
     try:
         Path("/proc/self/clear_refs").write_text("5")
@@ -85,7 +95,10 @@ def restart_peak() -> int | None:
 
 
 def peak() -> int | None:
-    """The largest size of the process in bytes since `restart_peak`."""
+    """The most bytes in use since `restart_peak`; on an accelerator, since the process began."""
+    device = on_device()
+    if device is not None:
+        return device["peak_bytes_in_use"]
     return _status("VmHWM")
 
 
