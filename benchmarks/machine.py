@@ -82,7 +82,7 @@ def release_free_memory() -> None:
 
 
 def restart_peak() -> int | None:
-    """The bytes in use: on an accelerator those of JAX, otherwise the size of the process, which becomes its peak (Linux)."""
+    """The bytes in use: on an accelerator JAX's, otherwise the size of the process, which becomes its peak (Linux)."""
     device = on_device()
     if device is not None:
         return device["bytes_in_use"]
