@@ -68,29 +68,30 @@ class Truth(NamedTuple):
 
 
 def by_sensitivities(problem: Problem, rtol: float) -> Truth:
-    """Lane by lane, the state together with its derivatives with respect to the parameters."""
+    """The state together with its derivatives with respect to the parameters; all lanes as one system."""
     field, size = problem.equation.field(jnp), problem.y0.size
+    parameters = np.atleast_2d(problem.parameters)[:LANES].astype(np.float64)
+    lanes, count = parameters.shape
+
+    def rate(t: float, state: jax.Array, parameters: jax.Array) -> jax.Array:
+        def tangent(dy: jax.Array, dp: jax.Array) -> jax.Array:
+            return jax.jvp(lambda y, p: field(t, y, p), (state[0], parameters), (dy, dp))[1]
+
+        moved = jax.vmap(tangent)(state[1:], jnp.eye(count))
+        return jnp.concatenate([field(t, state[0], parameters)[None], moved])
 
     @jax.jit
-    def rate(t: float, state: jax.Array, parameters: jax.Array) -> jax.Array:
-        y, *tangents = state.reshape(-1, size)
+    def all_rates(t: float, states: jax.Array) -> jax.Array:
+        states = states.reshape(lanes, 1 + count, size)
+        return jax.vmap(rate, (None, 0, 0))(t, states, parameters).ravel()
 
-        def tangent(dy: jax.Array, dp: jax.Array) -> jax.Array:
-            return jax.jvp(lambda y, p: field(t, y, p), (y, parameters), (dy, dp))[1]
-
-        moved = jax.vmap(tangent)(jnp.stack(tangents), jnp.eye(len(parameters)))
-        return jnp.concatenate([field(t, y, parameters), moved.ravel()])
-
-    rows = []
-    for parameters in np.atleast_2d(problem.parameters)[:LANES].astype(np.float64):
-        start = np.concatenate([problem.y0.astype(np.float64), np.zeros(size * len(parameters))])
-        saved = _solved(lambda t, s, p=parameters: np.asarray(rate(t, s, p)), start, problem.times, rtol)
-        saved = saved if problem.ts is not None else saved[-1:]
-        values, tangents = saved[:, :size], saved[:, size:].reshape(len(saved), len(parameters), size)
-        weights = 2 * values / values.size
-        rows.append((values.ravel(), np.einsum("ti,tpi->p", weights, tangents)))
-    forward, gradient = zip(*rows, strict=True)
-    return Truth(np.stack(forward), np.stack(gradient))
+    start = np.zeros((lanes, 1 + count, size))
+    start[:, 0] = problem.y0
+    saved = _solved(all_rates, start.ravel(), problem.times, rtol).reshape(-1, *start.shape)
+    saved = saved if problem.ts is not None else saved[-1:]
+    values, tangents = saved[:, :, 0], saved[:, :, 1:]
+    weights = 2 * values / (len(values) * size)
+    return Truth(values.swapaxes(0, 1).reshape(lanes, -1), np.einsum("tli,tlpi->lp", weights, tangents))
 
 
 def by_adjoint(problem: Problem, rtol: float) -> Truth:
