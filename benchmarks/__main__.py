@@ -9,6 +9,7 @@ python -m benchmarks --render benchmarks/results/cpu.json
 import argparse
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 import time
@@ -81,8 +82,9 @@ def run_process(
     """What `benchmarks.measure` prints; if it dies, that it did."""
     command = [sys.executable, "-m", "benchmarks.measure", row, str(index), length.name]
     command += [contestant.name for contestant in contestants]
+    environment = os.environ | {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {length.xla_flags}".strip()}
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=MOST_SECONDS)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=MOST_SECONDS, env=environment)
         if done.returncode == 0:
             return results.from_json(done.stdout.splitlines()[-1])
         reason = f"the process ended with {done.returncode}: {(done.stderr.strip().splitlines() or [''])[-1]}"

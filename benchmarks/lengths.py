@@ -7,7 +7,8 @@ import dataclasses
 class Length:
     """Every program is called for `turn_seconds` in each of so many turns, or in fewer, if they would take more than
     `most_seconds` in all, but in at least `least_turns`. What is larger than the limits is left out, and so are all
-    tolerances, sizes of states or numbers of parameters but the first so many."""
+    tolerances, sizes of states or numbers of parameters but the first so many. `xla_flags` are added to those of the
+    environment."""
 
     name: str
     turns: int
@@ -17,6 +18,7 @@ class Length:
     largest_lanes: int
     largest_steps: int
     variants: int
+    xla_flags: str
 
     def turns_of(self, seconds: float) -> int:
         """The number of turns of a program that takes so long."""
@@ -35,6 +37,8 @@ class Length:
         return tuple(count for count in steps if count <= self.largest_steps)
 
 
-FULL = Length("full", 9, 3, 0.05, 3.0, 10_000, 10_000, 99)
-SHORT = Length("short", 1, 1, 0.0, 0.0, 16, 100, 1)
+FULL = Length("full", 9, 3, 0.05, 3.0, 10_000, 10_000, 99, "")
+SHORT = Length(
+    "short", 1, 1, 0.0, 0.0, 16, 100, 1, "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+)
 LENGTHS = {length.name: length for length in (FULL, SHORT)}
