@@ -97,7 +97,7 @@ def lotka_volterra(lanes: int | None = None) -> Problem:
         parameters = (parameters * _random().uniform(0.9, 1.1, size=(RANDOM_LANES, 4)))[:lanes]
     name = "lotka-volterra" if lanes is None else "lotka-volterra-lanes"
     return Problem(
-        name, Components(predator_prey), parameters, np.ones(2), 0.0, 10.0, ts, lanes, bound=1024 if lanes is None else 512
+        name, Components(predator_prey), parameters, np.ones(2), 0.0, 10.0, ts, lanes, bound=640 if lanes is None else 256
     )
 
 
@@ -111,7 +111,7 @@ def save_times(end: float, count: int, lanes: int | None) -> Problem:
     """Lotka-Volterra to a given time, saved so many times."""
     problem = lotka_volterra(lanes)
     name = f"saves-{count}-to-{end:g}" + ("" if lanes is None else "-lanes")
-    return dataclasses.replace(problem, reference=name, t1=end, ts=np.linspace(0.0, end, count), bound=4096)
+    return dataclasses.replace(problem, reference=name, t1=end, ts=np.linspace(0.0, end, count), bound=2048)
 
 
 def lorenz(lanes: int, dtype: type[np.floating[Any]]) -> Problem:
@@ -119,7 +119,7 @@ def lorenz(lanes: int, dtype: type[np.floating[Any]]) -> Problem:
     spread = _random().uniform(0.9, 1.1, size=(RANDOM_LANES, 3))
     parameters = (np.array([10.0, 28.0, 8 / 3]) * spread)[:lanes].astype(np.float32).astype(dtype)
     y0 = np.array([1.0, 0.0, 0.0], dtype)
-    return Problem("lorenz", Components(convection), parameters, y0, 0.0, 1.0, lanes=lanes, bound=128)
+    return Problem("lorenz", Components(convection), parameters, y0, 0.0, 1.0, lanes=lanes, bound=64)
 
 
 def convection(t: Any, y: Sequence[Any], p: Sequence[Any]) -> tuple[Any, ...]:
@@ -132,7 +132,7 @@ def van_der_pol(lanes: int) -> Problem:
     """Van der Pol's oscillator to t = 20, with mu log-uniform in [0.1, 50]: some need many times the steps of others."""
     mu = np.exp(_random().uniform(np.log(0.1), np.log(50.0), size=(RANDOM_LANES, 1)))[:lanes]
     y0 = np.array([2.0, 0.0])
-    return Problem("van-der-pol", Components(relaxation), mu, y0, 0.0, 20.0, lanes=lanes, max_steps=16384, bound=8192)
+    return Problem("van-der-pol", Components(relaxation), mu, y0, 0.0, 20.0, lanes=lanes, bound=1024)
 
 
 def relaxation(t: Any, y: Sequence[Any], p: Sequence[Any]) -> tuple[Any, ...]:
@@ -166,7 +166,7 @@ def network(sizes: tuple[int, ...], batch: int | None, steps: int | None = None)
     shape = (sizes[0],) if batch is None else (batch, sizes[0])
     y0 = generator.normal(size=shape).astype(np.float32)
     name = "network-" + "-".join(map(str, sizes)) + ("" if batch is None else f"-batch-{batch}")
-    bound = 64 if steps is None else steps
+    bound = 16 if steps is None else steps
     limit = 4096 if steps is None else steps
     return Problem(name, Tensors(perceptron), parameters, y0, 0.0, 1.0, steps=steps, max_steps=limit, bound=bound)
 
@@ -182,7 +182,7 @@ def perceptron(xp: ModuleType, t: Any, y: Any, p: Any) -> Any:
 def ring(size: int) -> Problem:
     """So many bistable cells on a ring, each coupled to its neighbours, to t = 5, float64: a large state, a cheap field."""
     y0 = np.cos(np.arange(size)) * 0.5
-    return Problem(f"ring-{size}", Tensors(bistable), np.array([0.5, 1.0]), y0, 0.0, 5.0, bound=128)
+    return Problem(f"ring-{size}", Tensors(bistable), np.array([0.5, 1.0]), y0, 0.0, 5.0, bound=32)
 
 
 def bistable(xp: ModuleType, t: Any, y: Any, p: Any) -> Any:
