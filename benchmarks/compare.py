@@ -3,8 +3,8 @@
 Equal tolerances do not give equal errors. What a peer would have taken for our error is read off its curve of time against
 error: of its measurements those are kept that no other beats in both; between the two on both sides of our error, the
 logarithm of time is interpolated linearly in the logarithm of error. Nothing is extrapolated. A peer that is nowhere as
-accurate counts with its most accurate time, one that is everywhere more accurate with its fastest: the first flatters the
-peer, the second does not flatter us, and both are marked.
+accurate counts with its most accurate time, which flatters it, as long as its error is within three times ours, and beyond
+that not at all; one that is everywhere more accurate counts with its fastest. Both are marked.
 """
 
 import enum
@@ -58,6 +58,8 @@ class Point(NamedTuple):
 LEAST_ERROR = 1e-16
 SAME = 1.1
 """Errors whose ratio is smaller are not told apart."""
+FAR = 3.0
+"""A peer whose smallest error is more than so many times ours is not compared."""
 
 
 def front(measurements: Iterable[Measurement]) -> list[Point]:
@@ -88,16 +90,18 @@ def time_at(error: float, points: list[Point]) -> Cost:
 
 
 def time_ratio(ours: Measurement, theirs: Iterable[Measurement]) -> Cost | None:
-    """Our time over theirs at our error, if both were measured."""
+    """Our time over theirs at our error, if both were measured and they come close to it."""
     points = front(theirs)
     if not points or ours.error is None or ours.milliseconds is None:
+        return None
+    if points[0].error > FAR * max(ours.error, LEAST_ERROR):
         return None
     cost = time_at(ours.error, points)
     return Cost(ours.milliseconds / cost.value, cost.reading)
 
 
 def verdict(want: Want, measurements: Iterable[Measurement]) -> Verdict | None:
-    """What came of something wanted; None if it was not measured."""
+    """What came of something wanted; None if it was not measured, or no peer comes close to our error."""
     measured = [m for m in measurements if m.problem is None]
     own = [m for m in measured if (m.case, m.contestant, m.tolerance) == (want.case, want.ours, want.tolerance)]
     others = [m for m in measured if m.case == (want.than_in or want.case) and _counts(m, want)]

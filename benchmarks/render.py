@@ -54,7 +54,8 @@ def _verdicts(row: Row, run: Run) -> Iterable[str]:
         start = f"| {want.case}{at}{what}: {want.ours} | ≤ {want.ratio:g}{unit} |"
         verdict = compare.verdict(want, run.measurements)
         if verdict is None:
-            yield f"{start} not measured | |"
+            measured = any(m.case == want.case and m.tolerance == want.tolerance for m in run.measurements)
+            yield f"{start} {'no peer is nearly as accurate' if measured else 'not measured'} | |"
             continue
         mark = "✓" if verdict.holds else "✗"
         yield f"{start} {verdict.ratio:.2g} {mark}{READINGS[verdict.reading]} | {verdict.against} |"
