@@ -132,7 +132,7 @@ def _large_network(length: Length) -> Row:
         functools.partial(problems.network, *problems.LARGE),
         GRADIENT,
         ours + _NETWORK_PEERS,
-        length.of((1e-4, 1e-3, 1e-5)),
+        length.of((1e-4, 1e-3, 1e-6)),
     )
     wants = tuple(Want("gradient", name, EVERY_PEER, 0.85, 1e-4) for name in (by.DISCRETE.name, by.LINEARISATIONS.name))
     return Row("Neural ODE 64-512-512-64, batch 256, float32", (race, _also(race, Mode.COUNTED, ours)), wants)
@@ -144,7 +144,7 @@ def _wide_networks(length: Length) -> Row:
     for width in length.sizes(*problems.WIDTHS):
         problem = functools.partial(problems.network, (16, width, width, 16), None)
         parameters = width * width + 34 * width + 16
-        tolerances = length.of((1e-4, 1e-3, 1e-5) if width == max(problems.WIDTHS) else (1e-4,))
+        tolerances = length.of((1e-4, 1e-3, 1e-6) if width == max(problems.WIDTHS) else (1e-4,))
         who = ours + _NETWORK_PEERS if width == max(problems.WIDTHS) else (*ours, by.DIFFRAX, by.DIFFRAX_TUNED, by.JAX_ODE)
         races.append(_race(f"gradient, width {width}", problem, GRADIENT, who, tolerances, parameters))
     case = f"gradient, width {max(problems.WIDTHS)}"
