@@ -1,102 +1,207 @@
-"""One case in this process: all libraries compiled, then timed in turns. Prints JSON."""
+"""Measuring one case in this process: `python -m benchmarks.measure ROW INDEX LENGTH [CONTESTANT]` prints JSON."""
 
-import functools
-import json
-import statistics
+import dataclasses
 import sys
 import time
-from collections.abc import Callable
-from typing import Any, NamedTuple
+import traceback
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import jax
-import jax.flatten_util
+import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.libraries import LIBRARIES
-from benchmarks.problems import Problem, Reference, loss, lotka_volterra, neural, save_times
+from benchmarks import imports, machine, references
+from benchmarks.cases import Case, Contestant, Measured, Mode
+from benchmarks.lengths import LENGTHS, Length
+from benchmarks.problems import Problem
+from benchmarks.programs import Build, Executable, Outcome
+from benchmarks.results import Measurement, as_json
+from benchmarks.rows import rows
 
 
-class Case(NamedTuple):
-    """A problem, and what of it is timed."""
+class Entry(NamedTuple):
+    """A program that is ready to be called, the seconds of its first call, and what is known of it already."""
 
-    make: Callable[[], Problem]
-    kinds: tuple[str, ...] = ("forward", "gradient")
+    executable: Executable
+    first: float
+    measurement: Measurement
 
 
-CASES = {
-    "lotka-volterra-1e-6": Case(lambda: lotka_volterra(1e-6)),
-    "lotka-volterra-1e-9": Case(lambda: lotka_volterra(1e-9)),
-    "neural-1e-4": Case(lambda: neural(1e-4)),
-    **{
-        f"saves-{count}-to-{end:g}" + ("" if lanes is None else f"-lanes-{lanes}"): Case(
-            functools.partial(save_times, end, count, lanes), ("forward",)
+def measure(measured: Measured, length: Length, contestants: tuple[Contestant, ...]) -> list[Measurement]:
+    """All measurements of a case."""
+    case = measured.case
+    problem = case.problem()
+    jax.config.update("jax_enable_x64", problem.dtype == np.float64)
+    warm_up()
+    kinds = {Mode.RACE: race, Mode.ALONE: alone, Mode.COUNTED: counted, Mode.IMPORT: imported}
+    return list(kinds[measured.mode](case._replace(contestants=contestants), problem, length))
+
+
+def warm_up() -> None:
+    """Let JAX and LLVM start, so that the first contestant does not pay for it."""
+
+    def loop(x: jax.Array) -> jax.Array:
+        return jnp.sum(jax.lax.scan(lambda carry, _: (jnp.sin(carry), None), x, length=3)[0])
+
+    jax.jit(jax.grad(loop)).lower(jnp.ones(3)).compile()
+
+
+def race(case: Case, problem: Problem, length: Length) -> Iterator[Measurement]:
+    """Every contestant at every tolerance: compiled first, then called in turns."""
+    references.check(problem)
+    entries: list[Entry] = []
+    for contestant in case.contestants:
+        for prepared in _prepared(case, problem, contestant):
+            if isinstance(prepared, Measurement):
+                yield prepared
+            else:
+                entries.append(prepared)
+    seconds = time_in_turns(entries, length)
+    for entry, taken in zip(entries, seconds, strict=True):
+        yield _timed(entry.measurement, taken)
+
+
+def alone(case: Case, problem: Problem, length: Length) -> Iterator[Measurement]:
+    """The contestants built in the process's first moments, and called once to see how it grows."""
+    references.check(problem)
+    del length
+    for contestant in case.contestants:
+        blank = _blank(case, problem, contestant, Mode.ALONE)
+        try:
+            tolerance = case.tolerances[0]
+            executable = contestant.load()(problem, case.quantity).ready(tolerance)
+            before = machine.restart_peak()
+            start = time.perf_counter()
+            result = executable.call()
+            milliseconds = 1e3 * (time.perf_counter() - start)
+            peak = machine.peak()
+            described = _described(blank, executable.build, executable.outcome(result), problem, case)
+        except Exception as error:
+            yield _failed(blank, error)
+            continue
+        grown = None if before is None or peak is None else max(0, peak - before)
+        whole = machine.largest_ever()
+        yield dataclasses.replace(
+            described, tolerance=tolerance, milliseconds=milliseconds, turns=1, peak_bytes=grown, process_bytes=whole
         )
-        for lanes in (None, 64)
-        for end, count in ((1.0, 2), (1.0, 1000), (100.0, 2), (100.0, 5))
-    },
-}
-TURNS = 9
-TURN_SECONDS = 0.1
 
 
-def compiled(function: Callable[[Any], Any], argument: Any) -> tuple[Callable[[Any], Any], dict[str, float]]:
-    """The function compiled ahead of time, and the seconds that tracing, lowering and compiling took."""
-    start = time.perf_counter()
-    traced = jax.jit(function).trace(argument)
-    traced_at = time.perf_counter()
-    lowered = traced.lower()
-    lowered_at = time.perf_counter()
-    executable = lowered.compile()
-    done = time.perf_counter()
-    seconds = {"trace": traced_at - start, "lower": lowered_at - traced_at, "compile": done - lowered_at}
-    memory = executable.memory_analysis()
-    return executable, {**seconds, "temporary_bytes": 0 if memory is None else memory.temp_size_in_bytes}
+def imported(case: Case, problem: Problem, length: Length) -> Iterator[Measurement]:
+    """What importing packages costs in fresh processes."""
+    for contestant in case.contestants:
+        blank = _blank(case, problem, contestant, Mode.IMPORT)
+        try:
+            taken = [imports.seconds(contestant.entry) for _ in range(length.turns)]
+        except Exception as error:
+            yield _failed(blank, error)
+            continue
+        yield _timed(blank, taken)
 
 
-def time_in_turns(functions: dict[str, Callable[[Any], Any]], argument: Any) -> dict[str, list[float]]:
-    """Seconds a call, one number for each library and turn; within a turn every library runs once for a while."""
-    seconds: dict[str, list[float]] = {name: [] for name in functions}
-    for function in functions.values():
-        jax.block_until_ready(function(argument))
-    for _ in range(TURNS):
-        for name, function in functions.items():
-            calls, start = 0, time.perf_counter()
-            while time.perf_counter() - start < TURN_SECONDS:
-                jax.block_until_ready(function(argument))
-                calls += 1
-            seconds[name].append((time.perf_counter() - start) / calls)
+def counted(case: Case, problem: Problem, length: Length) -> Iterator[Measurement]:
+    """Evaluations and vector-Jacobian products of one gradient of ours."""
+    del length
+    for contestant in case.contestants:
+        blank = dataclasses.replace(_blank(case, problem, contestant, Mode.COUNTED), tolerance=case.tolerances[0])
+        try:
+            counts = contestant.load()(problem, case.quantity).counts(case.tolerances[0])
+        except Exception as error:
+            yield _failed(blank, error)
+            continue
+        yield dataclasses.replace(blank, told={name: float(value) for name, value in counts._asdict().items()})
+
+
+SLOW = 1.0
+"""A first call that takes so many seconds is the first turn: it is compiled, and warming up does not matter to it."""
+
+REST = 0.01
+"""Seconds between two programs, in which threads of the first stop looking for work."""
+
+
+def time_in_turns(entries: list[Entry], length: Length) -> list[list[float]]:
+    """Seconds a call, one number for each turn; within a turn every program runs once for a while."""
+    estimates = [entry.first if entry.first > SLOW else _a_while(entry.executable, 0.0) for entry in entries]
+    seconds = [[estimate] if estimate > SLOW else [] for estimate in estimates]
+    for _ in range(length.turns):
+        for entry, estimate, taken in zip(entries, estimates, seconds, strict=True):
+            if len(taken) < length.turns_of(estimate):
+                time.sleep(REST)
+                taken.append(_a_while(entry.executable, length.turn_seconds))
     return seconds
 
 
-def relative_error(got: Any, expected: np.ndarray) -> float:
-    """The largest deviation, relative to the largest expected value."""
-    return float(np.max(np.abs(np.asarray(got, np.float64) - expected)) / np.max(np.abs(expected)))
+def _a_while(executable: Executable, least: float) -> float:
+    calls, start = 0, time.perf_counter()
+    while calls == 0 or time.perf_counter() - start < least:
+        executable.call()
+        calls += 1
+    return (time.perf_counter() - start) / calls
 
 
-def run(case: str) -> list[dict[str, Any]]:
-    """The rows of one case: each library's forward solve and gradient."""
-    make, kinds = CASES[case]
-    problem = make()
-    reference = Reference(problem)
-    rows = []
-    for kind in kinds:
-        expected = reference.values() if kind == "forward" else reference.gradient()
-        functions, facts, errors = {}, {}, {}
-        for name, library in LIBRARIES.items():
-            solve = library(problem)
-            target = solve if kind == "forward" else jax.grad(lambda p, solve=solve: loss(solve(p)))
-            target = target if problem.lanes is None else jax.vmap(target)
-            functions[name], facts[name] = compiled(target, problem.parameters)
-            result = functions[name](problem.parameters)
-            got = result if kind == "forward" else jax.flatten_util.ravel_pytree(result)[0]
-            errors[name] = relative_error(got, expected)
-        for name, seconds in time_in_turns(functions, problem.parameters).items():
-            spread = statistics.quantiles(seconds, n=4)
-            row = {"case": problem.name, "kind": kind, "library": name, "error": errors[name], **facts[name]}
-            rows.append({**row, "milliseconds": 1e3 * statistics.median(seconds), "quartiles": [1e3 * q for q in spread]})
-    return rows
+def _prepared(case: Case, problem: Problem, contestant: Contestant) -> Iterator[Entry | Measurement]:
+    """The contestant's programs for all tolerances, called once to see their errors; or why there is none."""
+    blank = _blank(case, problem, contestant, Mode.RACE)
+    try:
+        program = contestant.load()(problem, case.quantity)
+    except Exception as error:
+        yield _failed(blank, error)
+        return
+    for tolerance in case.tolerances:
+        at = dataclasses.replace(blank, tolerance=tolerance)
+        try:
+            executable = program.ready(tolerance)
+            start = time.perf_counter()
+            result = executable.call()
+            first = time.perf_counter() - start
+            described = _described(at, executable.build, executable.outcome(result), problem, case)
+            yield Entry(executable, first, described)
+        except Exception as error:
+            yield _failed(at, error)
+
+
+def _timed(measurement: Measurement, taken: list[float]) -> Measurement:
+    low, middle, high = (float(quartile) for quartile in 1e3 * np.quantile(taken, [0.25, 0.5, 0.75]))
+    return dataclasses.replace(measurement, milliseconds=middle, quartiles=(low, high), turns=len(taken))
+
+
+def _blank(case: Case, problem: Problem, contestant: Contestant, mode: Mode) -> Measurement:
+    return Measurement(
+        case=case.name,
+        mode=mode.value,
+        quantity=case.quantity.value,
+        contestant=contestant.name,
+        role=contestant.role.value,
+        size=case.size,
+        lanes=problem.lanes,
+        steps=problem.steps,
+    )
+
+
+def _described(blank: Measurement, build: Build | None, outcome: Outcome, problem: Problem, case: Case) -> Measurement:
+    error = references.error(outcome.numbers, problem, case.quantity)
+    if not np.isfinite(error):
+        raise ArithmeticError("The result is not finite: the solve did not reach t1 within the steps that it is allowed.")
+    told = {name: float(np.sum(value)) for name, value in outcome.told.items()}
+    if {"accepted", "rejected"} <= set(told) and problem.lanes is not None:
+        told["largest_steps"] = float(np.max(outcome.told["accepted"] + outcome.told["rejected"]))
+    return dataclasses.replace(blank, error=error, told=told, **({} if build is None else build._asdict()))
+
+
+def _failed(blank: Measurement, error: Exception) -> Measurement:
+    if isinstance(error, ImportError):
+        reason = f"not installed: {error}"
+    else:
+        traceback.print_exception(error, file=sys.stderr)
+        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:300]
+    return dataclasses.replace(blank, problem=reason)
+
+
+def main(row: str, index: str, length: str, *names: str) -> None:
+    measured = rows(LENGTHS[length])[row].cases[int(index)]
+    contestants = tuple(c for c in measured.case.contestants if not names or c.name in names)
+    print(as_json(measure(measured, LENGTHS[length], contestants)))
 
 
 if __name__ == "__main__":
-    jax.config.update("jax_enable_x64", True)
-    print(json.dumps(run(sys.argv[1])))
+    main(*sys.argv[1:])

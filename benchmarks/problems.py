@@ -1,128 +1,194 @@
-"""What is solved: problems with a loss, and references for its value and gradient that no timed library computed."""
+"""What is solved: initial value problems written once, for every library, with a loss whose gradient is wanted."""
 
 import dataclasses
 import itertools
-from collections.abc import Callable
-from typing import Any, ClassVar
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any, NamedTuple, Protocol
 
-import jax
-import jax.flatten_util
-import jax.numpy as jnp
 import numpy as np
-from scipy.integrate import solve_ivp
+
+Field = Callable[[Any, Any, Any], Any]
+"""field(t, y, parameters) -> dy/dt, of one lane, in arrays of one library."""
+
+
+class Equation(Protocol):
+    """A right-hand side that every array library can evaluate."""
+
+    def field(self, xp: ModuleType) -> Field:
+        """The field with the functions of jax.numpy, numpy or torch; leading axes of y and parameters are lanes."""
+        ...
+
+
+class Components(NamedTuple):
+    """A right-hand side written in scalars: of(t, y, parameters) -> the components of dy/dt, by arithmetic alone."""
+
+    of: Callable[[Any, Sequence[Any], Sequence[Any]], tuple[Any, ...]]
+
+    def field(self, xp: ModuleType) -> Field:
+        return lambda t, y, p: xp.stack(self.of(t, unstacked(y), unstacked(p)), -1)
+
+
+def unstacked(array: Any) -> list[Any]:
+    """The components along the last axis."""
+    return [array[..., i] for i in range(array.shape[-1])]
+
+
+class Tensors(NamedTuple):
+    """A right-hand side written in arrays: of(xp, t, y, parameters) -> dy/dt."""
+
+    of: Callable[[ModuleType, Any, Any, Any], Any]
+
+    def field(self, xp: ModuleType) -> Field:
+        return lambda t, y, p: self.of(xp, t, y, p)
 
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """dy/dt = field(t, y, parameters) saved at ts; the loss is the mean square of what is saved.
+    """dy/dt = equation(t, y, parameters), y(t0) = y0, saved at `ts`, or at t1 alone without them.
 
-    With `lanes`, so many of them from the same y0, with a leading axis on the parameters.
+    The loss is the mean square of what is saved, its gradient that with respect to the parameters. With `lanes`, so many
+    solves from the same y0, whose parameters have a leading axis; every lane has its own loss, step sizes and gradient.
+
+    - `reference`: the name of its stored reference; problems that differ in the number of steps or of lanes share one.
+    - `steps`: the number of steps of a fixed grid; none for adaptive steps.
+    - `max_steps`: what every library is told is the largest number of steps.
+    - `bound`: a tight bound on the steps at every tolerance at which the problem is solved here. Peers whose memory or time
+      depends on it are given it in their tuned settings; ours never is.
     """
 
-    name: str
-    field: Callable[[Any, Any, Any], Any]
+    reference: str
+    equation: Equation
     parameters: Any
-    y0: jax.Array
-    ts: jax.Array
-    rtol: float
-    atol: float
+    y0: np.ndarray
+    t0: float
+    t1: float
+    ts: np.ndarray | None = None
     lanes: int | None = None
+    steps: int | None = None
+    max_steps: int = 4096
+    bound: int = 4096
 
-    def together(self) -> tuple[Callable[[Any, Any, Any], Any], jax.Array]:
-        """The field and the initial state of all lanes as one system."""
-        if self.lanes is None:
-            return self.field, self.y0
-        return jax.vmap(self.field, (None, 0, 0)), jnp.broadcast_to(self.y0, (self.lanes, *self.y0.shape))
+    @property
+    def dtype(self) -> np.dtype:
+        return self.y0.dtype
+
+    @property
+    def times(self) -> np.ndarray:
+        """t0 and the times at which something is saved, for libraries that know no others."""
+        return np.array([self.t0, self.t1], self.dtype) if self.ts is None else self.ts
 
 
-def loss(ys: jax.Array) -> jax.Array:
-    """The mean square: its gradient weighs all save times."""
-    return jnp.mean(jnp.square(ys))
+SAVE_TIMES = ((1.0, 2), (1.0, 1000), (100.0, 2), (100.0, 5))
+"""Ends and numbers of save times: few and many, within few steps and over many."""
+RING_SIZES = (256, 4096, 65536)
+WIDTHS = (64, 256, 1024)
+SMALL, LARGE, DEEP = ((16, 64, 64, 16), 128), ((64, 512, 512, 64), 256), ((32, 128, 128, 32), 64)
+NETWORKS = (SMALL, LARGE, DEEP, *(((16, width, width, 16), None) for width in WIDTHS))
+"""Layers and batches of the networks."""
+RANDOM_LANES = 10_000
+"""Lanes of a problem are the first of so many random ones, whatever their number."""
 
 
-def predator_prey(t: Any, y: jax.Array, p: jax.Array) -> jax.Array:
-    """Lotka and Volterra's equations."""
+def lotka_volterra(lanes: int | None = None) -> Problem:
+    """Lotka and Volterra's equations: two states, four parameters, 100 save times, float64."""
+    parameters, ts = np.array([1.5, 1.0, 3.0, 1.0]), np.linspace(0.0, 10.0, 100)
+    if lanes is not None:
+        parameters = (parameters * _random().uniform(0.9, 1.1, size=(RANDOM_LANES, 4)))[:lanes]
+    name = "lotka-volterra" if lanes is None else "lotka-volterra-lanes"
+    return Problem(
+        name, Components(predator_prey), parameters, np.ones(2), 0.0, 10.0, ts, lanes, bound=640 if lanes is None else 256
+    )
+
+
+def predator_prey(t: Any, y: Sequence[Any], p: Sequence[Any]) -> tuple[Any, ...]:
     del t
-    return jnp.stack([p[0] * y[0] - p[1] * y[0] * y[1], -p[2] * y[1] + p[3] * y[0] * y[1]])
-
-
-def lotka_volterra(rtol: float) -> Problem:
-    """Two states, four parameters, 100 save times, float64."""
-    parameters, ts = jnp.array([1.5, 1.0, 3.0, 1.0]), jnp.linspace(0.0, 10.0, 100)
-    return Problem(f"Lotka-Volterra, rtol {rtol:.0e}", predator_prey, parameters, jnp.array([1.0, 1.0]), ts, rtol, rtol)
+    (hare, lynx), (a, b, c, d) = y, p
+    return a * hare - b * hare * lynx, -c * lynx + d * hare * lynx
 
 
 def save_times(end: float, count: int, lanes: int | None) -> Problem:
-    """Lotka-Volterra to a given time at tolerance 1e-6, saved so many times; lanes have random parameters."""
-    parameters = jnp.array([1.5, 1.0, 3.0, 1.0])
-    if lanes is not None:
-        parameters = parameters * np.random.default_rng(0).uniform(0.9, 1.1, size=(lanes, 4))
-    name = f"to t = {end:g}, {count} save times" + ("" if lanes is None else f", {lanes} lanes")
-    ts = jnp.linspace(0.0, end, count)
-    return Problem(name, predator_prey, parameters, jnp.array([1.0, 1.0]), ts, 1e-6, 1e-6, lanes)
+    """Lotka-Volterra to a given time, saved so many times."""
+    problem = lotka_volterra(lanes)
+    name = f"saves-{count}-to-{end:g}" + ("" if lanes is None else "-lanes")
+    return dataclasses.replace(problem, reference=name, t1=end, ts=np.linspace(0.0, end, count), bound=2048)
 
 
-def neural(rtol: float) -> Problem:
-    """A 16-64-64-16 tanh network on a batch of 128, float32, saved at the end."""
+def lorenz(lanes: int, dtype: type[np.floating[Any]]) -> Problem:
+    """Lorenz's equations to t = 1, every lane with its own sigma, rho and beta."""
+    spread = _random().uniform(0.9, 1.1, size=(RANDOM_LANES, 3))
+    parameters = (np.array([10.0, 28.0, 8 / 3]) * spread)[:lanes].astype(np.float32).astype(dtype)
+    y0 = np.array([1.0, 0.0, 0.0], dtype)
+    return Problem("lorenz", Components(convection), parameters, y0, 0.0, 1.0, lanes=lanes, bound=64)
 
-    def field(t: Any, y: jax.Array, p: Any) -> jax.Array:
-        del t
-        (w1, b1), (w2, b2), (w3, b3) = p
-        return jnp.tanh(jnp.tanh(y @ w1 + b1) @ w2 + b2) @ w3 + b3
 
-    sizes, generator = (16, 64, 64, 16), np.random.default_rng(0)
+def convection(t: Any, y: Sequence[Any], p: Sequence[Any]) -> tuple[Any, ...]:
+    del t
+    (x, y, z), (sigma, rho, beta) = y, p
+    return sigma * (y - x), x * (rho - z) - y, x * y - beta * z
+
+
+def van_der_pol(lanes: int) -> Problem:
+    """Van der Pol's oscillator to t = 20, with mu log-uniform in [0.1, 50]: some need many times the steps of others."""
+    mu = np.exp(_random().uniform(np.log(0.1), np.log(50.0), size=(RANDOM_LANES, 1)))[:lanes]
+    y0 = np.array([2.0, 0.0])
+    return Problem("van-der-pol", Components(relaxation), mu, y0, 0.0, 20.0, lanes=lanes, bound=1024)
+
+
+def relaxation(t: Any, y: Sequence[Any], p: Sequence[Any]) -> tuple[Any, ...]:
+    del t
+    (x, v), (mu,) = y, p
+    return v, mu * (1 - x * x) * v - x
+
+
+def duffing(steps: int) -> Problem:
+    """An undamped Duffing oscillator, x'' = -a x - b x^3, to t = 100, float64, on a fixed grid."""
+    equation, parameters = Components(stiffening_spring), np.array([1.0, 0.5])
+    return Problem("duffing", equation, parameters, np.array([1.0, 0.0]), 0.0, 100.0, steps=steps, max_steps=steps)
+
+
+def stiffening_spring(t: Any, y: Sequence[Any], p: Sequence[Any]) -> tuple[Any, ...]:
+    del t
+    (x, v), (a, b) = y, p
+    return v, -a * x - b * x * x * x
+
+
+def network(sizes: tuple[int, ...], batch: int | None, steps: int | None = None) -> Problem:
+    """A neural ODE to t = 1: a tanh network of these layers on a batch of samples, or on one; float32."""
+    generator = _random()
     parameters = tuple(
         (
-            jnp.asarray(generator.normal(size=(m, n)) / np.sqrt(m), jnp.float32),
-            jnp.asarray(0.1 * generator.normal(size=n), jnp.float32),
+            (generator.normal(size=(m, n)) / np.sqrt(m)).astype(np.float32),
+            (0.1 * generator.normal(size=n)).astype(np.float32),
         )
         for m, n in itertools.pairwise(sizes)
     )
-    y0 = jnp.asarray(generator.normal(size=(128, 16)), jnp.float32)
-    return Problem("neural ODE 16-64-64-16", field, parameters, y0, jnp.array([0.0, 1.0], jnp.float32), rtol, rtol)
+    shape = (sizes[0],) if batch is None else (batch, sizes[0])
+    y0 = generator.normal(size=shape).astype(np.float32)
+    name = "network-" + "-".join(map(str, sizes)) + ("" if batch is None else f"-batch-{batch}")
+    bound = 16 if steps is None else steps
+    limit = 4096 if steps is None else steps
+    return Problem(name, Tensors(perceptron), parameters, y0, 0.0, 1.0, steps=steps, max_steps=limit, bound=bound)
 
 
-class Reference:
-    """The saved values and the gradient, by SciPy's DOP853 at tolerance 1e-12 in float64: the values from the ODE, the
-    gradient from the adjoint ODE between save times."""
+def perceptron(xp: ModuleType, t: Any, y: Any, p: Any) -> Any:
+    del t
+    *hidden, (weight, bias) = p
+    for w, b in hidden:
+        y = xp.tanh(y @ w + b)
+    return y @ weight + bias
 
-    options: ClassVar[dict[str, Any]] = {"method": "DOP853", "rtol": 1e-12, "atol": 1e-12}
 
-    def __init__(self, problem: Problem):
-        self.problem = problem
-        self.parameters = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), problem.parameters)
-        self.field, y0 = problem.together()
-        self.shape, self.size = y0.shape, y0.size
-        self.ts = np.asarray(problem.ts, np.float64)
+def ring(size: int) -> Problem:
+    """So many bistable cells on a ring, each coupled to its neighbours, to t = 5, float64: a large state, a cheap field."""
+    y0 = np.cos(np.arange(size)) * 0.5
+    return Problem(f"ring-{size}", Tensors(bistable), np.array([0.5, 1.0]), y0, 0.0, 5.0, bound=32)
 
-        @jax.jit
-        def forward(t: float, y: jax.Array) -> jax.Array:
-            return self.field(t, y.reshape(self.shape), self.parameters).ravel()
 
-        ends, start = (self.ts[0], self.ts[-1]), np.asarray(y0, np.float64).ravel()
-        self.saved = solve_ivp(forward, ends, start, t_eval=self.ts, **self.options).y.T
+def bistable(xp: ModuleType, t: Any, y: Any, p: Any) -> Any:
+    del t
+    return p[0] * (xp.roll(y, 1, -1) - 2 * y + xp.roll(y, -1, -1)) + p[1] * y * (1 - y * y)
 
-    def values(self) -> np.ndarray:
-        """What is saved, lanes first if there are any."""
-        values = self.saved.reshape(len(self.ts), *self.shape)
-        return values if self.problem.lanes is None else np.moveaxis(values, 1, 0)
 
-    def gradient(self) -> np.ndarray:
-        """The flattened gradient of the loss, of all lanes if there are any."""
-        flat, unravel = jax.flatten_util.ravel_pytree(self.parameters)
-
-        @jax.jit
-        def backward(t: float, state: jax.Array) -> jax.Array:
-            y, a = state[: self.size].reshape(self.shape), state[self.size : 2 * self.size].reshape(self.shape)
-            f, pullback = jax.vjp(lambda y, p: self.field(t, y, unravel(p)), y, flat)
-            da, dp = pullback(a)
-            return jnp.concatenate([f.ravel(), -da.ravel(), -dp])
-
-        lanes = 1 if self.problem.lanes is None else self.problem.lanes
-        cotangents = lanes * np.asarray(jax.grad(loss)(jnp.asarray(self.saved)))
-        a, gradient = np.zeros(self.size), np.zeros(flat.size)
-        for i in range(len(self.ts) - 1, 0, -1):
-            state = np.concatenate([self.saved[i], a + cotangents[i], gradient])
-            state = solve_ivp(backward, (self.ts[i], self.ts[i - 1]), state, **self.options).y[:, -1]
-            a, gradient = state[self.size : 2 * self.size], state[2 * self.size :]
-        return gradient
+def _random() -> np.random.Generator:
+    return np.random.default_rng(0)

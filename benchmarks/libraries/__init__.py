@@ -1,0 +1,1 @@
+"""The libraries that are timed: one module for each, imported only where it takes part."""

@@ -1,0 +1,45 @@
+"""CVODES from SUNDIALS, by way of casadi: Adams' methods of variable order, with their own adjoint sensitivities.
+
+The place for its BDF methods, and for other implicit peers, is beside this, in rows of stiff problems.
+"""
+
+import functools
+from typing import Any
+
+import casadi
+import numpy as np
+
+from benchmarks.problems import Components, Problem
+from benchmarks.programs import Executable, Outcome, Program, Quantity, flattened
+
+
+class CvodesProgram(Program):
+    """One integrator over all save times, differentiated in reverse mode by CVODES."""
+
+    def __init__(self, problem: Problem, quantity: Quantity, method: str):
+        if problem.lanes is not None or not isinstance(problem.equation, Components):
+            raise ValueError("CVODES takes part in solves of single small systems.")
+        self.problem, self.quantity, self.method = problem, quantity, method
+
+    def ready(self, tolerance: float | None) -> Executable:
+        problem = self.problem
+        y, p, t = (casadi.SX.sym(name, n) for name, n in (("y", problem.y0.size), ("p", problem.parameters.size), ("t", 1)))
+        rate = casadi.vertcat(*problem.equation.of(t, casadi.vertsplit(y), casadi.vertsplit(p)))
+        options = {"abstol": tolerance, "reltol": tolerance, "linear_multistep_method": self.method}
+        system = {"x": y, "p": p, "t": t, "ode": rate}
+        times = problem.times.tolist()
+        integrator = casadi.integrator("solve", "cvodes", system, times[0], times[1:], options)
+        parameters = casadi.MX.sym("p", problem.parameters.size)
+        saved = integrator(x0=problem.y0, p=parameters)["xf"]
+        saved = casadi.horzcat(casadi.DM(problem.y0), saved) if problem.ts is not None else saved
+        result = saved
+        if self.quantity is Quantity.GRADIENT:
+            result = casadi.gradient(casadi.sumsqr(saved) / saved.numel(), parameters)
+        function = casadi.Function("quantity", [parameters], [result])
+        return Executable(lambda: function(problem.parameters), self._outcome)
+
+    def _outcome(self, result: Any) -> Outcome:
+        return Outcome(flattened(np.asarray(result).T, self.problem), {})
+
+
+adams = functools.partial(CvodesProgram, method="adams")

@@ -1,0 +1,87 @@
+"""adjoint_jax."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+import adjoint_jax as aj
+from adjoint_jax.adjoints.adjoint import AbstractAdjoint
+from adjoint_jax.controllers.controller import AbstractController
+from adjoint_jax.diagnostics.counting import CountingAdjoint, Counts, Tally
+from adjoint_jax.solvers.solver import AbstractSolver
+from benchmarks.problems import Problem
+from benchmarks.programs import Derivative, JaxProgram, Program, Quantity, Solve, Told, forward_gradient
+
+
+def solve_by(problem: Problem, adjoint: AbstractAdjoint, solver: AbstractSolver) -> Solve:
+    """The problem's solve with this adjoint and method; on a fixed grid if the problem has one."""
+    field = problem.equation.field(jnp)
+    saveat = aj.SaveAt(t1=True) if problem.ts is None else aj.SaveAt(problem.ts)
+
+    def solve(y0: jax.Array, parameters: object, tolerance: jax.Array) -> tuple[jax.Array, Told]:
+        controller: AbstractController = aj.PIDController(tolerance, tolerance)
+        if problem.steps is not None:
+            controller = aj.FixedSteps(problem.steps)
+        t0, t1 = (jnp.asarray(t, problem.dtype) for t in (problem.t0, problem.t1))
+        options = {"solver": solver, "controller": controller, "saveat": saveat, "adjoint": adjoint}
+        solution = aj.solve(field, t0, t1, y0, parameters, **options, max_steps=problem.max_steps, throw=False)
+        stats = solution.stats
+        told = {"accepted": stats.accepted, "rejected": stats.rejected, "evaluations": stats.evaluations}
+        return solution.ys, told
+
+    return solve
+
+
+class OurProgram(JaxProgram):
+    """A solve of ours, which knows its adjoint, so that the work of the gradient can be counted."""
+
+    def __init__(
+        self,
+        problem: Problem,
+        quantity: Quantity,
+        adjoint: AbstractAdjoint,
+        solver: AbstractSolver,
+        derivative: Derivative = jax.grad,
+    ):
+        super().__init__(problem, quantity, solve_by(problem, adjoint, solver), derivative)
+        self.adjoint, self.solver = adjoint, solver
+
+    def counts(self, tolerance: float | None) -> Counts:
+        """What one call does with the vector field, counted as it is executed."""
+        tally = Tally()
+        solve = solve_by(self.problem, CountingAdjoint(self.adjoint, tally), self.solver)
+        counted = JaxProgram(self.problem, self.quantity, solve, self.derivative).ready(tolerance)
+        counted.call()
+        return tally.counts
+
+
+@dataclasses.dataclass(frozen=True)
+class With:
+    """A choice of an adjoint and a method."""
+
+    adjoint: AbstractAdjoint
+    solver: AbstractSolver
+    derivative: Derivative = jax.grad
+
+    def __call__(self, problem: Problem, quantity: Quantity) -> Program:
+        return OurProgram(problem, quantity, self.adjoint, self.solver, self.derivative)
+
+
+_tsit5, _rk4 = aj.Tsit5(), aj.RK4()
+discrete = With(aj.DiscreteAdjoint(), _tsit5)
+discrete_rk4 = With(aj.DiscreteAdjoint(), _rk4)
+stages = With(aj.DiscreteAdjoint(keep=aj.KeepStages()), _tsit5)
+linearisations = With(aj.DiscreteAdjoint(keep=aj.KeepLinearisations()), _tsit5)
+linearisations_rk4 = With(aj.DiscreteAdjoint(keep=aj.KeepLinearisations()), _rk4)
+gauss = With(aj.GaussAdjoint(), _tsit5)
+backsolve = With(aj.BacksolveAdjoint(), _tsit5)
+backsolve_rk4 = With(aj.BacksolveAdjoint(), _rk4)
+reversible_rk4 = With(aj.ReversibleAdjoint(), aj.Reversible(_rk4))
+forward_mode = With(aj.ForwardMode(), _tsit5, forward_gradient)
+
+
+def square_root_checkpoints_rk4(problem: Problem, quantity: Quantity) -> Program:
+    """As many checkpoints as the square root of the number of steps."""
+    assert problem.steps is not None
+    return OurProgram(problem, quantity, aj.DiscreteAdjoint(checkpoints=round(problem.steps**0.5)), _rk4)
