@@ -1,6 +1,7 @@
 """Linear systems solved from products with the Jacobian alone."""
 
 from collections.abc import Callable
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -34,35 +35,34 @@ class KrylovJacobian(AbstractJacobian):
 
     def inverse(self, problem: Problem, t: Scalar, y: Arrays, g: Scalar) -> "Iterated":
         flat, unravel = ravel(y)
-        pushforward = jax.linearize(lambda flat: ravel(problem.field(t, unravel(flat)))[0], flat)[1]
-        pullback = jax.linear_transpose(pushforward, flat)
+        pullback = jax.vjp(lambda flat: ravel(problem.field(t, unravel(flat)))[0], flat)[1]
         rtol = float(jnp.finfo(flat.dtype).eps ** 0.5) if self.rtol is None else self.rtol
-
-        def product(vector: Array) -> Array:
-            mass = vector if problem.mass is None else problem.mass @ vector
-            return mass - g.astype(flat.dtype) * pushforward(vector)
-
-        def transposed(vector: Array) -> Array:
-            mass = vector if problem.mass is None else problem.mass.T @ vector
-            return mass - g.astype(flat.dtype) * pullback(vector)[0]
-
-        return Iterated(product, transposed, rtol, self.restart, self.restarts)
+        return Iterated(pullback, problem.mass, g.astype(flat.dtype), rtol, self.restart, self.restarts)
 
 
 class Iterated(AbstractInverse):
-    """The inverse of a matrix, from its products with vectors."""
+    """The inverse of M - g J, from products with M, J and their transposes. `pullback` is the product with J^T."""
 
-    product: Product
-    transposed_product: Product
+    pullback: Any
+    mass: Float[Array, "n n"] | None
+    g: Scalar
     rtol: float = eqx.field(static=True)
     restart: int = eqx.field(static=True)
     restarts: int = eqx.field(static=True)
 
     def times(self, right: Float[Array, " n"]) -> Float[Array, " n"]:
-        return self._solved(self.product, right)
+        pushforward = jax.linear_transpose(lambda vector: self.pullback(vector)[0], right)
+
+        def product(vector: Array) -> Array:
+            return (vector if self.mass is None else self.mass @ vector) - self.g * pushforward(vector)[0]
+
+        return self._solved(product, right)
 
     def transposed_times(self, right: Float[Array, " n"]) -> Float[Array, " n"]:
-        return self._solved(self.transposed_product, right)
+        def product(vector: Array) -> Array:
+            return (vector if self.mass is None else self.mass.T @ vector) - self.g * self.pullback(vector)[0]
+
+        return self._solved(product, right)
 
     def _solved(self, product: Product, right: Float[Array, " n"]) -> Float[Array, " n"]:
         options = {"tol": self.rtol, "restart": min(self.restart, len(right)), "maxiter": self.restarts}
