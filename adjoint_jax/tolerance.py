@@ -7,7 +7,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, ArrayLike, PyTree
 
 from adjoint_jax import tree
 from adjoint_jax.tree import Arrays, Scalar
@@ -39,7 +39,7 @@ class Tolerance(AbstractTolerance):
     def ratio(self, error: Arrays, y0: Arrays, y1: Arrays) -> Scalar:
         rtol, atol = _broadcast_prefix("rtol", self.rtol, y0), _broadcast_prefix("atol", self.atol, y0)
 
-        def scaled(e: Array, a: Array, b: Array, r: Array, s: Array) -> Array:
+        def scaled(e: Array, a: Array, b: Array, r: ArrayLike, s: ArrayLike) -> Array:
             dtype = tree.real_dtype(a.dtype)
             scale = jnp.asarray(s, dtype) + jnp.asarray(r, dtype) * jnp.maximum(jnp.abs(a), jnp.abs(b))
             return jnp.abs(e) / jnp.where((e == 0) & (scale == 0), 1, scale)

@@ -64,6 +64,11 @@ class _Iterate(NamedTuple):
     iterations: Int[Array, ""]
 
 
+def _as_number(value: Any) -> Any:
+    """An array, so that another value recompiles nothing."""
+    return value if value is None or isinstance(value, Array) else np.asarray(value, float)
+
+
 class SimplifiedNewton(eqx.Module):
     """Newton's iteration with one matrix for all stages of a step.
 
@@ -73,14 +78,14 @@ class SimplifiedNewton(eqx.Module):
     when this will not be reached within `max_iterations` (E. Hairer and G. Wanner, "Solving Ordinary Differential
     Equations II", section IV.8).
 
-    - `rtol`, `atol`: numbers: the tolerance. By default that of the controller or, on a given grid, a thousand rounding
-      errors of the largest entry of y.
+    - `rtol`, `atol`: numbers, traced: the tolerance. By default that of the controller or, on a given grid, a thousand
+      rounding errors of the largest entry of y.
     - `accuracy`: see above.
     """
 
-    rtol: Any = None
-    atol: Any = None
-    accuracy: Any = 0.01
+    rtol: Any = eqx.field(default=None, converter=_as_number)
+    atol: Any = eqx.field(default=None, converter=_as_number)
+    accuracy: float = eqx.field(static=True, default=0.01)
     max_iterations: int = eqx.field(static=True, default=10)
 
     def __check_init__(self) -> None:
@@ -88,14 +93,6 @@ class SimplifiedNewton(eqx.Module):
             raise ValueError("SimplifiedNewton needs both rtol and atol, or neither.")
         if self.max_iterations < 1:
             raise ValueError(f"SimplifiedNewton(max_iterations) must be at least one, got {self.max_iterations}.")
-
-    def traced(self) -> "SimplifiedNewton":
-        """The same with arrays for its numbers, so that changing them recompiles nothing."""
-        rtol, atol, accuracy = (
-            value if value is None or tree.is_traced(value) else np.asarray(value, float)
-            for value in (self.rtol, self.atol, self.accuracy)
-        )
-        return SimplifiedNewton(rtol, atol, accuracy, self.max_iterations)
 
     def tolerance(self, given: Tolerance | None) -> AbstractTolerance:
         """The tolerance that applies, where a controller has given one or not."""
@@ -136,12 +133,11 @@ class SimplifiedNewton(eqx.Module):
 
     def _judged(self, walk: _Iterate, slope: Arrays, size: Float[Array, ""]) -> _Iterate:
         first, left = walk.iterations == 0, self.max_iterations - 1 - walk.iterations
-        accuracy = jnp.asarray(self.accuracy, size.dtype)
         rate = jnp.where(first, walk.rate**CAUTION, size / jnp.where(first, 1.0, walk.size))
         to_come = jnp.where(rate < 1, rate / jnp.where(rate < 1, 1 - rate, 1.0) * size, jnp.inf)
-        stopped_by_rounding = ~first & (rate > STALLED) & (size <= 10 * accuracy)
-        converged = (jnp.minimum(to_come, size) <= accuracy) | stopped_by_rounding
-        hopeless = (left == 0) | ~(size < jnp.inf) | (~first & ~(to_come * rate**left <= accuracy))
+        stopped_by_rounding = ~first & (rate > STALLED) & (size <= 10 * self.accuracy)
+        converged = (jnp.minimum(to_come, size) <= self.accuracy) | stopped_by_rounding
+        hopeless = (left == 0) | ~(size < jnp.inf) | (~first & ~(to_come * rate**left <= self.accuracy))
         return _Iterate(
             slope=slope,
             size=size,
@@ -162,8 +158,8 @@ already, are rounding errors."""
 #
 #     (I - g J) dk = df(t, base + g k, theta)    at constant k:
 #
-# one solve with the matrix at the stage, whichever iteration has found k. In the rule k is again a function of everything in
-# the equation, for second derivatives.
+# one solve with the matrix at the stage, whichever iteration has found k. In the rule k is again a function of everything
+# in the equation, for second derivatives.
 
 
 @eqx.filter_custom_jvp
