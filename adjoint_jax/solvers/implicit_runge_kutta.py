@@ -245,42 +245,36 @@ class ESDIRK(AbstractSolver):
     #
     #     (I - h a_ii J_i)^T kappa_i = r_i + h a_ii l_i,
     #
-    # one linear system for each implicit stage, with the Jacobian of that stage. All of them are factorised at once.
+    # one linear system for each implicit stage, with the Jacobian of that stage. All of them are factorised at once; the
+    # rest is written out. (Measured for van der Pol's equation: in a loop over stages it takes twice as long and compiles
+    # no faster.)
 
     def transposed_step(
         self, problem: Problem, interval: Interval, state: Arrays, cotangent: StepOutputs
     ) -> tuple[Arrays, Parameters]:
         tableau, h = self.tableau, interval.end - interval.start
-        stages, times = self._solved(problem, interval, state, None), self._times(interval)
-        a, b, dense = jnp.asarray(self._matrix), jnp.asarray(tableau.rows[-1]), jnp.asarray(tableau.dense)
+        stages, times, rows = self._solved(problem, interval, state, None), self._times(interval), tableau.rows
 
         def inverse_at(t: Scalar, y: Arrays) -> AbstractInverse:
             return self.jacobian.inverse(problem, t, y, tableau.gamma * h)
 
-        inverses, static = eqx.partition(eqx.filter_vmap(inverse_at)(times, stages.states), eqx.is_array)
-
-        def right(i: Array | int, mus: Arrays) -> tuple[Arrays, Arrays]:
-            """r_i and h b_i g."""
-            total = tree.add(tree.scale(b[i], cotangent.after), tree.contract(a[:, i], mus))
+        inverses = eqx.filter_vmap(inverse_at)(times[1:], tree.map(lambda leaf: leaf[1:], stages.states))
+        mus: list[Arrays] = []
+        gradients: list[Parameters] = []
+        for i in reversed(range(tableau.stages)):
+            weights = (rows[-1][i], *(rows[j][i] for j in reversed(range(i + 1, tableau.stages))))
+            kappa = tree.weighted_sum(weights, [cotangent.after, *mus])
             if cotangent.coefficients is not None:
-                total = tree.add(total, tree.contract(dense[i], cotangent.coefficients))
-            return tree.scale(h, total), tree.scale(h * b[i], cotangent.cost)
-
-        def reverse_stage(reversed_index: Array, carry: tuple[Arrays, Parameters]) -> tuple[Arrays, Parameters]:
-            mus, gradient = carry
-            i = tableau.stages - 1 - reversed_index
-            kappa, cost = right(i, mus)
-            t, y = times[i], tree.take(stages.states, i)
-            inverse = eqx.combine(tree.take(inverses, i), static)
-            kappa = inverse.solve_transposed(self._with_cost(problem, t, y, kappa, cost, h))
-            mu, more = pullback_at(problem, t, y)[1](Rates(kappa, cost))
-            return tree.put(mus, i, mu), tree.add(gradient, more)
-
-        start = tree.zeros_like(stages.states), tree.zeros_like(problem.parameters)
-        mus, gradient = jax.lax.fori_loop(0, tableau.stages - 1, reverse_stage, start)
-        mu, more = pullback_at(problem, interval.first, state)[1](Rates(*right(0, mus)))
-        mus = tree.map(lambda leaf: jnp.sum(leaf, axis=0), mus)
-        return tree.add(cotangent.after, cotangent.y0, mus, mu), tree.add(gradient, more)
+                kappa = tree.add(kappa, tree.contract(jnp.asarray(tableau.dense[i]), cotangent.coefficients))
+            kappa, cost = tree.scale(h, (kappa, tree.scale(rows[-1][i], cotangent.cost)))
+            t, y = times[i], tree.map(lambda leaf, i=i: leaf[i], stages.states)
+            if i > 0:
+                inverse = jax.tree.map(lambda leaf, i=i: leaf[i - 1] if eqx.is_array(leaf) else leaf, inverses)
+                kappa = inverse.solve_transposed(self._with_cost(problem, t, y, kappa, cost, h))
+            mu, gradient = pullback_at(problem, t, y)[1](Rates(kappa, cost))
+            mus.append(mu)
+            gradients.append(gradient)
+        return tree.add(cotangent.after, cotangent.y0, *mus), tree.add(*gradients)
 
     def _with_cost(self, problem: Problem, t: Scalar, y: Arrays, right: Arrays, cost: Arrays, h: Scalar) -> Arrays:
         """r_i + h a_ii l_i."""
