@@ -9,7 +9,7 @@ from adjoint_jax.adjoints.interpolating import InterpolatingAdjoint
 from adjoint_jax.adjoints.keep import KeepLinearisations, KeepStages, KeepStates
 from adjoint_jax.adjoints.reversible import ReversibleAdjoint
 from adjoint_jax.controllers.grids import FixedSteps, StepTo
-from adjoint_jax.controllers.step_sizes import ConstantStepSize, PIDController, rms_norm
+from adjoint_jax.controllers.step_sizes import ConstantStepSize, PIDController
 from adjoint_jax.linear.banded import BandedJacobian
 from adjoint_jax.linear.dense import DenseJacobian
 from adjoint_jax.linear.krylov import KrylovJacobian
@@ -17,15 +17,20 @@ from adjoint_jax.linear.sparse import SparseJacobian
 from adjoint_jax.saveat import SaveAt
 from adjoint_jax.solution import Solution, SolveError, Stats, Status
 from adjoint_jax.solve import odeint, solve
+from adjoint_jax.solvers.esdirk_methods import KenCarp4, Kvaerno3, Kvaerno5
 from adjoint_jax.solvers.explicit_runge_kutta import ExplicitRungeKutta
 from adjoint_jax.solvers.high_order import Dopri8, Vern7
+from adjoint_jax.solvers.implicit_runge_kutta import ESDIRK, ESDIRKTableau
 from adjoint_jax.solvers.methods import RK4, Bosh3, Dopri5, Euler, Heun, Midpoint, Ralston, Tsit5
+from adjoint_jax.solvers.newton import SimplifiedNewton
 from adjoint_jax.solvers.reversible import AsynchronousLeapfrog, Reversible, ReversibleHeun
 from adjoint_jax.solvers.rosenbrock import Rosenbrock, RosenbrockTableau
 from adjoint_jax.solvers.rosenbrock_methods import Rodas4, Rodas5P, Rosenbrock23
 from adjoint_jax.solvers.tableau import ButcherTableau
+from adjoint_jax.tolerance import rms_norm
 
 __all__ = [
+    "ESDIRK",
     "RK4",
     "AsynchronousLeapfrog",
     "BacksolveAdjoint",
@@ -37,6 +42,7 @@ __all__ = [
     "DiscreteAdjoint",
     "Dopri5",
     "Dopri8",
+    "ESDIRKTableau",
     "Euler",
     "ExplicitRungeKutta",
     "FixedSteps",
@@ -47,7 +53,10 @@ __all__ = [
     "KeepLinearisations",
     "KeepStages",
     "KeepStates",
+    "KenCarp4",
     "KrylovJacobian",
+    "Kvaerno3",
+    "Kvaerno5",
     "Midpoint",
     "PIDController",
     "Ralston",
@@ -60,6 +69,7 @@ __all__ = [
     "Rosenbrock23",
     "RosenbrockTableau",
     "SaveAt",
+    "SimplifiedNewton",
     "Solution",
     "SolveError",
     "SparseJacobian",

@@ -51,10 +51,15 @@ class Outcome(NamedTuple):
 class Integrator(eqx.Module):
     """A method and a controller, ready to integrate any problem."""
 
-    solver: AbstractSolver
+    method: AbstractSolver
     controller: AbstractController
     dt0: Any
     max_steps: int = eqx.field(static=True)
+
+    @property
+    def solver(self) -> AbstractSolver:
+        """The method, which knows the controller's tolerance."""
+        return self.method.within(self.controller.tolerance)
 
     def __call__(self, problem: Problem, recorders: Sequence[AbstractRecorder], valid: Bool[Array, ""]) -> Outcome:
         """Integrate from t0 to t1. If not `valid`, report `Status.INVALID_TIMES` instead of taking any step."""
@@ -70,7 +75,7 @@ class Integrator(eqx.Module):
     def restarted(self, h: Scalar) -> "Integrator":
         """The same integrator, with a first step size where it has use for one."""
         takes_step_size = isinstance(self.controller, AbstractStepSize) and self.controller.adapts
-        return Integrator(self.solver, self.controller, h if takes_step_size else None, self.max_steps)
+        return Integrator(self.method, self.controller, h if takes_step_size else None, self.max_steps)
 
     def grid_steps(self, problem: Problem) -> int | None:
         """The number of steps where it is known before the solution, else None."""
@@ -246,7 +251,7 @@ class _SteppingLoop(NamedTuple):
             status=jnp.where(running & (stuck | exhausted), failure, walk.status).astype(jnp.int32),
             accepted=walk.accepted + accepted,
             rejected=walk.rejected + (running & ~verdict.accepted),
-            extra=walk.extra + slope_evaluations,
+            extra=_counted(walk.extra, step, running) + slope_evaluations,
         )
         return after, kept, accepted
 
@@ -311,6 +316,15 @@ class _Finite(NamedTuple):
     steps: Int[Array, ""]
 
 
+class _Pace(NamedTuple):
+    """The loop state of an integration on a given grid: the method's, its slope if it hands one on, and the evaluations of
+    its iterations."""
+
+    state: Arrays
+    slope: Arrays | None
+    iterations: Int[Array, ""]
+
+
 class _GridLoop(NamedTuple):
     """Two nested scans: over segments, and over the steps of a segment. A segment is one chunk."""
 
@@ -328,13 +342,14 @@ class _GridLoop(NamedTuple):
         records = tuple(recorder.start(problem, layout) for recorder in self.recorders)
 
         def run_segment(carry: tuple[Any, ...], segment_strides: tuple[_Stride, Array]) -> tuple[tuple[Any, ...], None]:
-            state, slope, records, finite = carry
+            pace, records, finite = carry
             strides, slot = segment_strides
 
-            def take_stride(carry: tuple[Arrays, Any], stride: _Stride) -> tuple[tuple[Arrays, Any], tuple[Any, ...]]:
-                return self._stride(carry, stride)
+            def take_stride(pace: _Pace, stride: _Stride) -> tuple[_Pace, tuple[Any, ...]]:
+                return self._stride(pace, stride)
 
-            (state, slope), notes = jax.lax.scan(take_stride, (state, slope), strides)
+            pace, notes = jax.lax.scan(take_stride, pace, strides)
+            state = pace.state
             begin, end = strides.start[0], strides.end[-1]
             place = Place(slot, _zero(), begin)
             triples = zip(self.recorders, records, notes, strict=True)
@@ -343,12 +358,12 @@ class _GridLoop(NamedTuple):
             pairs = zip(self.recorders, records, strict=True)
             records = tuple(recorder.flush(record, place, end) for recorder, record in pairs)
             here = _Finite(state, slot + segment)
-            return (state, slope, records, tree.where(tree.all_finite(state), here, finite)), None
+            return (pace, records, tree.where(tree.all_finite(state), here, finite)), None
 
         slots = segment * jnp.arange(strides.start.shape[0], dtype=jnp.int32)
         start = self.solver.start(problem)
-        carry = (start, slope, records, _Finite(start, _zero()))
-        state, _, records, finite = jax.lax.scan(run_segment, carry, (strides, slots))[0]
+        carry = (_Pace(start, slope, _zero()), records, _Finite(start, _zero()))
+        (state, _, iterations), records, finite = jax.lax.scan(run_segment, carry, (strides, slots))[0]
         status = jnp.where(tree.all_finite(state), Status.SUCCESS, Status.NON_FINITE)
         status = jnp.where(is_consistent(problem), status, Status.INCONSISTENT)
         status = jnp.where(valid, status, Status.INVALID_TIMES).astype(jnp.int32)
@@ -356,7 +371,7 @@ class _GridLoop(NamedTuple):
         per_step = self.solver.evaluations(estimated=False, interpolated=self._interpolates)
         per_step += self.solver.extra_stages * self._interpolates
         start_evaluations = self.solver.start_evaluations + self.solver.reuses_last_stage
-        stats = Stats(taken, _zero(), _zero() + (steps * per_step + start_evaluations))
+        stats = Stats(taken, _zero(), iterations + (steps * per_step + start_evaluations))
         return Outcome(state, records, Report(tree.take(grid, taken), status, stats, _zero() + steps, grid[-1] - grid[-2]))
 
     def _longest_segment(self) -> int:
@@ -389,8 +404,8 @@ class _GridLoop(NamedTuple):
     def _interpolates(self) -> bool:
         return any(recorder.interpolates for recorder in self.recorders)
 
-    def _stride(self, carry: tuple[Arrays, Any], stride: _Stride) -> tuple[tuple[Arrays, Any], tuple[Any, ...]]:
-        state, slope = carry
+    def _stride(self, pace: _Pace, stride: _Stride) -> tuple[_Pace, tuple[Any, ...]]:
+        state, slope, iterations = pace
         interval = self.controller.interval(stride.start, stride.end)
         step = self.solver.step(self.problem, interval, state, slope)
         if self._interpolates:
@@ -398,7 +413,8 @@ class _GridLoop(NamedTuple):
         taken = stride.start != stride.end
         step = step._replace(after=tree.where(taken, step.after, state))
         slope = self.solver.last_stage(step) if self.solver.reuses_last_stage else None
-        return (step.after, slope), tuple(recorder.note(step, taken) for recorder in self.recorders)
+        iterations = _counted(iterations, step, taken)
+        return _Pace(step.after, slope, iterations), tuple(recorder.note(step, taken) for recorder in self.recorders)
 
 
 SMALL_ARRAY_BYTES = 512
@@ -435,6 +451,11 @@ def _strides(grid: Float[Array, " times"], segment: int) -> tuple[_Stride, int]:
     padding = -(grid.shape[0] - 1) % segment
     times = jnp.concatenate([grid, jnp.full(padding, grid[-1])]) if padding else grid
     return _Stride(times[:-1].reshape(-1, segment), times[1:].reshape(-1, segment)), padding
+
+
+def _counted(count: Int[Array, ""], step: Step, taken: Bool[Array, ""]) -> Int[Array, ""]:
+    """The count with the iterations of a step, if it was taken."""
+    return count if step.iterations is None else count + jnp.where(taken, step.iterations, 0)
 
 
 def _zero() -> Int[Array, ""]:

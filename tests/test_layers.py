@@ -17,6 +17,7 @@ ROOMS = (
     "interpolation",
     "quadrature",
     "linear",
+    "tolerance",
     "solvers",
     "controllers",
     "saveat",

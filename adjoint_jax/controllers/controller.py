@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, DTypeLike, Float, PyTree
 from adjoint_jax import tree
 from adjoint_jax.problem import Interval, Problem
 from adjoint_jax.solvers.solver import AbstractSolver, Step
+from adjoint_jax.tolerance import Tolerance
 from adjoint_jax.tree import Arrays, Scalar
 
 
@@ -45,6 +46,11 @@ class AbstractController(eqx.Module):
     @property
     def given_times(self) -> Any:
         """Times given by the user that must run from t0 to t1, or None."""
+        return None
+
+    @property
+    def tolerance(self) -> Tolerance | None:
+        """The tolerance of the error estimate, which methods that iterate follow; None without one."""
         return None
 
     def grid(self, t0: Scalar, t1: Scalar) -> Float[Array, " times"] | None:

@@ -14,6 +14,7 @@ from adjoint_jax import tree
 from adjoint_jax.controllers.controller import AbstractStepSize, Proposal, Verdict, canonical_jumps, not_negative, positive
 from adjoint_jax.problem import Problem
 from adjoint_jax.solvers.solver import AbstractSolver, Step
+from adjoint_jax.tolerance import Tolerance, rms_norm
 from adjoint_jax.tree import Arrays, Scalar
 
 
@@ -53,14 +54,6 @@ class _Errors(NamedTuple):
     last: Scalar
     before: Scalar
     rejected: Bool[Array, ""]
-
-
-def rms_norm(scaled: Arrays) -> Scalar:
-    """The root mean square over all entries of all leaves."""
-    leaves = jax.tree.leaves(scaled)
-    count = sum(leaf.size for leaf in leaves)
-    total = sum((jnp.sum(jnp.square(leaf)) for leaf in leaves), start=jnp.zeros(()))
-    return jnp.sqrt(total / max(count, 1))
 
 
 class PIDController(AbstractStepSize):
@@ -132,6 +125,10 @@ class PIDController(AbstractStepSize):
         rtol, atol = (self.rtol, self.rtol), (self.atol, self.atol)
         return dataclasses.replace(self, rtol=rtol, atol=atol, norm=norm)
 
+    @property
+    def tolerance(self) -> Tolerance:
+        return Tolerance(self.rtol, self.atol, self.norm)
+
     def first(self, problem: Problem, solver: AbstractSolver, slope: Arrays, dt0: Scalar | None) -> Proposal:
         if solver.error_order is None:
             raise ValueError(
@@ -148,15 +145,15 @@ class PIDController(AbstractStepSize):
     def _first_size(self, problem: Problem, order: int, slope: Arrays) -> Scalar:
         """Two guesses: one step of explicit Euler changes y by 1 %; the next term of Taylor's series is 1 %."""
         span = problem.t1 - problem.t0
-        scale = self._scale(problem.y0, problem.y0)
-        d0 = self._ratio(problem.y0, scale, span.dtype)
-        d1 = self._ratio(slope, scale, span.dtype)
+        y0 = problem.y0
+        d0 = self.tolerance.ratio(y0, y0, y0).astype(span.dtype)
+        d1 = self.tolerance.ratio(slope, y0, y0).astype(span.dtype)
         tiny = 1e-6 * jnp.minimum(1.0, jnp.abs(span))
         flat = (d0 < 1e-5) | (d1 < 1e-5) | ~jnp.isfinite(d1)
         guess = jnp.minimum(jnp.where(flat, tiny, 0.01 * d0 / jnp.where(flat, 1.0, d1)), jnp.abs(span))
         euler = tree.add(problem.y0, tree.scale(guess * jnp.sign(span), slope))
         change = tree.map(lambda a, b: a - b, problem.field(problem.t0 + guess * jnp.sign(span), euler), slope)
-        d2 = self._ratio(change, scale, span.dtype) / jnp.where(guess > 0, guess, 1.0)
+        d2 = self.tolerance.ratio(change, y0, y0).astype(span.dtype) / jnp.where(guess > 0, guess, 1.0)
         steepest = jnp.maximum(d1, d2)
         still = (steepest <= 1e-15) | ~jnp.isfinite(steepest)
         second = (0.01 / jnp.where(still, 1.0, steepest)) ** (1.0 / (order + 1))
@@ -167,7 +164,7 @@ class PIDController(AbstractStepSize):
         y0, y1, error = jax.lax.stop_gradient((solver.output(step.before), solver.output(step.after), step.error))
         size = jax.lax.stop_gradient(step.interval.end - step.interval.start)
         blown = tree.map(lambda e, y: jnp.where(jnp.isfinite(y), jnp.abs(e), jnp.inf), error, y1)
-        ratio = self._ratio(blown, self._scale(y0, y1), size.dtype)
+        ratio = self.tolerance.ratio(blown, y0, y1).astype(size.dtype)
         accepted, finite = ratio <= 1.0, jnp.isfinite(ratio)
         factor = jnp.where(finite, self._factor(ratio, memory, solver.error_order + 1), self.factor_min)
         factor = jnp.minimum(factor, jnp.where(accepted & ~memory.rejected, self.factor_max, 1.0))
@@ -193,34 +190,10 @@ class PIDController(AbstractStepSize):
 
     def unresolvable(self, y: Arrays) -> Bool[Array, ""]:
         rounding = tree.map(lambda leaf: jnp.finfo(leaf.dtype).eps * leaf, y)
-        return self._ratio(rounding, self._scale(y, y), jnp.float32) > 1.0
+        return self.tolerance.ratio(rounding, y, y) > 1.0
 
     def _bounded(self, size: Scalar) -> Scalar:
         return size if self.dtmax is None else jnp.minimum(size, self.dtmax)
-
-    def _scale(self, y0: Arrays, y1: Arrays) -> Arrays:
-        """atol + rtol max(|y0|, |y1|), leafwise, in each leaf's real dtype."""
-        rtol, atol = _broadcast_prefix("rtol", self.rtol, y0), _broadcast_prefix("atol", self.atol, y0)
-
-        def leaf_scale(a: Array, b: Array, r: Array, s: Array) -> Array:
-            dtype = tree.real_dtype(a.dtype)
-            return s.astype(dtype) + r.astype(dtype) * jnp.maximum(jnp.abs(a), jnp.abs(b))
-
-        return tree.map(leaf_scale, y0, y1, rtol, atol)
-
-    def _ratio(self, value: Arrays, scale: Arrays, dtype: DTypeLike) -> Scalar:
-        scaled = tree.map(lambda v, s: jnp.abs(v) / jnp.where((v == 0) & (s == 0), 1, s), value, scale)
-        return jnp.asarray(self.norm(scaled)).astype(dtype)
-
-
-def _broadcast_prefix(name: str, prefix: PyTree[Array], full: Arrays) -> PyTree[Array]:
-    try:
-        return jax.tree.map(lambda value, subtree: jax.tree.map(lambda _: value, subtree), prefix, full)
-    except ValueError as error:
-        raise ValueError(
-            f"PIDController({name}) must be a number or a pytree like y0 (or a prefix of it): got structure "
-            f"{jax.tree.structure(prefix)} for a state of structure {jax.tree.structure(full)}."
-        ) from error
 
 
 def _resolution(t: Scalar) -> Scalar:

@@ -2,21 +2,10 @@
 
 from typing import ClassVar, NamedTuple
 
-import equinox as eqx
-import jax
-import jax.numpy as jnp
-from jaxtyping import Array, Bool
-
-from adjoint_jax import tree
-from adjoint_jax.interpolation import Interpolant
-from adjoint_jax.lanes import any_lane
 from adjoint_jax.linear.dense import DenseJacobian
 from adjoint_jax.linear.jacobian import AbstractJacobian
-from adjoint_jax.problem import Interval, Parameters, Problem
-from adjoint_jax.quadrature import Nodes, cost_of, gauss_legendre
 from adjoint_jax.solvers.methods import Tsit5
-from adjoint_jax.solvers.rosenbrock_methods import Rodas5P
-from adjoint_jax.solvers.solver import AbstractSolver, Step, StepOutputs
+from adjoint_jax.solvers.solver import AbstractSolver
 from adjoint_jax.tree import Arrays, Scalar
 
 LIMIT = 3.0

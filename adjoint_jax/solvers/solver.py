@@ -6,10 +6,12 @@ from typing import ClassVar, NamedTuple
 
 import equinox as eqx
 import jax
+from jaxtyping import Array, Int
 
 from adjoint_jax.interpolation import Interpolant
 from adjoint_jax.problem import Interval, Parameters, Problem, Rates
 from adjoint_jax.quadrature import Nodes, cost_of
+from adjoint_jax.tolerance import Tolerance
 from adjoint_jax.tree import Arrays, Scalar
 
 Pullback = Callable[[Rates], tuple[Arrays, Parameters]]
@@ -19,13 +21,15 @@ Pullback = Callable[[Rates], tuple[Arrays, Parameters]]
 class Step(NamedTuple):
     """What one step computed. `before` and `after` are states of the method: y itself, or y and what else the method
     carries from step to step. `stages` are values of the field, or what else the method computes on its way; `error`, like
-    y, is None without an error estimate."""
+    y, is None without an error estimate. A method that iterates counts its field evaluations in `iterations`, and its
+    `after` is NaN where it has not converged: no controller accepts that."""
 
     interval: Interval
     before: Arrays
     after: Arrays
     stages: tuple[Arrays, ...]
     error: Arrays | None
+    iterations: Int[Array, ""] | None = None
 
 
 class StepOutputs(NamedTuple):
@@ -74,12 +78,18 @@ class AbstractSolver(eqx.Module):
 
     @abc.abstractmethod
     def evaluations(self, *, estimated: bool, interpolated: bool) -> int:
-        """Field evaluations of one step after another, without those that only the interpolant needs."""
+        """Field evaluations of one step after another, without those that only the interpolant needs, and without those
+        that are counted in `Step.iterations`."""
 
     @property
     def start_evaluations(self) -> int:
         """Field evaluations of `start`."""
         return 0
+
+    def within(self, tolerance: Tolerance | None) -> "AbstractSolver":
+        """The same method, for a controller with this tolerance (None: a given grid)."""
+        del tolerance
+        return self
 
     def start(self, problem: Problem) -> Arrays:
         """The method's state at t0."""
