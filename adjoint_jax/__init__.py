@@ -17,6 +17,7 @@ from adjoint_jax.linear.sparse import SparseJacobian
 from adjoint_jax.saveat import SaveAt
 from adjoint_jax.solution import Solution, SolveError, Stats, Status
 from adjoint_jax.solve import odeint, solve
+from adjoint_jax.solvers.auto import AutoSolver
 from adjoint_jax.solvers.esdirk_methods import KenCarp4, Kvaerno3, Kvaerno5
 from adjoint_jax.solvers.explicit_runge_kutta import ExplicitRungeKutta
 from adjoint_jax.solvers.high_order import Dopri8, Vern7
@@ -33,6 +34,7 @@ __all__ = [
     "ESDIRK",
     "RK4",
     "AsynchronousLeapfrog",
+    "AutoSolver",
     "BacksolveAdjoint",
     "BandedJacobian",
     "Bosh3",

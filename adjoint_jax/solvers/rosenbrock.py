@@ -15,8 +15,16 @@ from adjoint_jax.linear.dense import DenseJacobian
 from adjoint_jax.linear.jacobian import AbstractInverse, AbstractJacobian
 from adjoint_jax.linear.mass import times_mass, times_mass_transposed
 from adjoint_jax.problem import Interval, Parameters, Problem, Rates
-from adjoint_jax.quadrature import Nodes, cost_of, gauss_legendre
-from adjoint_jax.solvers.solver import AbstractSolver, Step, StepOutputs, pullback_at, stage_time
+from adjoint_jax.quadrature import Nodes, Rule, gauss_legendre
+from adjoint_jax.solvers.solver import (
+    AbstractSolver,
+    Step,
+    StepOutputs,
+    pullback_at,
+    stage_time,
+    through_interpolant,
+    with_cost,
+)
 from adjoint_jax.tree import Arrays, Scalar
 
 Row = tuple[float, ...]
@@ -151,10 +159,11 @@ class Rosenbrock(AbstractSolver):
 
     def quadrature(self, step: Step) -> Nodes:
         """Gauss-Legendre nodes on the interpolant, exact for polynomials of twice its order."""
-        return self._nodes(self.interpolant(step))
+        return self._rule.over(self.interpolant(step))
 
-    def _nodes(self, interpolant: Interpolant) -> Nodes:
-        return gauss_legendre(-(-(self.tableau.dense_order + 1) // 2)).over(interpolant)
+    @property
+    def _rule(self) -> Rule:
+        return gauss_legendre(-(-(self.tableau.dense_order + 1) // 2))
 
     # The transposed step. Let V = M - gamma h J. With ubar_i = dJ/du_i, and lambda_i the solution of
     #
@@ -178,8 +187,10 @@ class Rosenbrock(AbstractSolver):
     ) -> tuple[Arrays, Parameters]:
         tableau, inverse = self.tableau, self._inverse(problem, interval, state)
         step = self._solved(problem, interval, state, None, inverse)
-        cotangent, of_cost = self._without_cost(problem, step, cotangent)
-        problem = problem.without_cost()
+        of_cost = None
+        if problem.running_cost is not None:
+            cotangent, of_cost = through_interpolant(problem, self.interpolant(step), self._rule, cotangent)
+            problem = problem.without_cost()
         h = interval.end - interval.start
         mus: list[Arrays] = []
         nus: list[Arrays] = []
@@ -200,9 +211,8 @@ class Rosenbrock(AbstractSolver):
             gradients.insert(0, gradient)
         through, gradient = self._through_linearisation(problem, step, kappas)
         gradient = tree.add(gradient, *gradients)
-        if of_cost is not None:
-            gradient = tree.add(gradient._replace(running_cost=tree.zeros_like(of_cost.running_cost)), of_cost)
-        return tree.add(cotangent.after, cotangent.y0, through, *mus), gradient
+        y = tree.add(cotangent.after, cotangent.y0, through, *mus)
+        return y, gradient if of_cost is None else with_cost(gradient, of_cost)
 
     def _through_linearisation(self, problem: Problem, step: Step, kappas: Sequence[Arrays]) -> tuple[Arrays, Parameters]:
         """The derivatives of the sum of <kappa_i, J u_i + gamma_i h df/dt> with respect to y and the parameters."""
@@ -214,21 +224,6 @@ class Rosenbrock(AbstractSolver):
             return jax.vmap(lambda gamma_h, u: jax.jvp(field, (t, y), (gamma_h, u))[1])(along, tree.stack(step.stages))
 
         return jax.vjp(derivatives, step.before, problem.parameters)[1](tree.stack(kappas))
-
-    def _without_cost(self, problem: Problem, step: Step, cotangent: StepOutputs) -> tuple[StepOutputs, Parameters | None]:
-        """The derivative with respect to the cost as one with respect to the interpolant and the parameters."""
-        if problem.running_cost is None:
-            return cotangent, None
-        interpolant = self.interpolant(step)
-
-        def cost(y0: Arrays, coefficients: Arrays, parameters: Parameters) -> Arrays:
-            return cost_of(problem.at(parameters), self._nodes(interpolant._replace(y0=y0, coefficients=coefficients)))
-
-        pullback = jax.vjp(cost, interpolant.y0, interpolant.coefficients, problem.parameters)[1]
-        y0, coefficients, gradient = pullback(cotangent.cost)
-        if cotangent.coefficients is not None:
-            coefficients = tree.add(cotangent.coefficients, coefficients)
-        return StepOutputs(cotangent.after, tree.add(cotangent.y0, y0), coefficients, ()), gradient
 
 
 def _combined(y: Arrays, weights: Sequence[float], trees: Sequence[Arrays]) -> Arrays:

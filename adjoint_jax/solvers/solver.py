@@ -8,9 +8,10 @@ import equinox as eqx
 import jax
 from jaxtyping import Array, Int
 
+from adjoint_jax import tree
 from adjoint_jax.interpolation import Interpolant
 from adjoint_jax.problem import Interval, Parameters, Problem, Rates
-from adjoint_jax.quadrature import Nodes, cost_of
+from adjoint_jax.quadrature import Nodes, Rule, cost_of
 from adjoint_jax.tolerance import Tolerance
 from adjoint_jax.tree import Arrays, Scalar
 
@@ -154,6 +155,27 @@ class AbstractSolver(eqx.Module):
 def pullback_at(problem: Problem, t: Scalar, y: Arrays) -> tuple[Rates, Pullback]:
     """The rates at a point, and their linearisation there. The pullback is a pytree of what it keeps."""
     return jax.vjp(lambda y, parameters: problem.at(parameters).rates(t, y), y, problem.parameters)
+
+
+def through_interpolant(
+    problem: Problem, interpolant: Interpolant, rule: Rule, cotangent: StepOutputs
+) -> tuple[StepOutputs, Parameters]:
+    """Where the cost is computed by a rule from the step's interpolant: dJ/dcost as a derivative with respect to the
+    interpolant, added to those that are there, and as one with respect to the parameters."""
+
+    def cost(y0: Arrays, coefficients: Arrays, parameters: Parameters) -> Arrays:
+        return cost_of(problem.at(parameters), rule.over(interpolant._replace(y0=y0, coefficients=coefficients)))
+
+    pullback = jax.vjp(cost, interpolant.y0, interpolant.coefficients, problem.parameters)[1]
+    y0, coefficients, gradient = pullback(cotangent.cost)
+    if cotangent.coefficients is not None:
+        coefficients = tree.add(cotangent.coefficients, coefficients)
+    return StepOutputs(cotangent.after, tree.add(cotangent.y0, y0), coefficients, ()), gradient
+
+
+def with_cost(gradient: Parameters, of_cost: Parameters) -> Parameters:
+    """The sum of the parameters' derivatives of a problem without its cost, and of its cost."""
+    return tree.add(gradient._replace(running_cost=tree.zeros_like(of_cost.running_cost)), of_cost)
 
 
 def stage_time(interval: Interval, node: float) -> Scalar:
