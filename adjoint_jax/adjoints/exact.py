@@ -10,12 +10,13 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 from adjoint_jax import tree
 from adjoint_jax.adjoints.adjoint import (
     AbstractAdjoint,
     Inputs,
+    Run,
     Saved,
     blame,
     cost_cotangent,
@@ -54,18 +55,14 @@ class AbstractExactAdjoint(AbstractAdjoint):
         """How far the state recovered at t0 may be from y0, in parts of its size, before the gradient is in doubt."""
         return jnp.full((), jnp.inf, problem.t0.dtype)
 
-    def solve(
-        self, integrator: Integrator, problem: Problem, requests: Requests, valid: Bool[Array, ""], *, throw: bool
-    ) -> tuple[Saved, Report]:
-        return _solve(Inputs(problem, requests), integrator, valid, self, throw)
+    def solve(self, inputs: Inputs, run: Run) -> tuple[Saved, Report]:
+        return _solve(inputs, run, self)
 
 
 @eqx.filter_custom_vjp
-def _solve(
-    inputs: Inputs, integrator: Integrator, valid: Array, adjoint: AbstractExactAdjoint, throw: bool
-) -> tuple[Saved, Report]:
-    del adjoint, throw
-    return integrate(inputs, integrator, valid)
+def _solve(inputs: Inputs, run: Run, adjoint: AbstractExactAdjoint) -> tuple[Saved, Report]:
+    del adjoint
+    return integrate(inputs, run)
 
 
 class _Residuals(NamedTuple):
@@ -79,19 +76,14 @@ class _Residuals(NamedTuple):
 
 @_solve.def_fwd
 def _forward(
-    perturbed: Inputs,
-    inputs: Inputs,
-    integrator: Integrator,
-    valid: Array,
-    adjoint: AbstractExactAdjoint,
-    throw: bool,
+    perturbed: Inputs, inputs: Inputs, run: Run, adjoint: AbstractExactAdjoint
 ) -> tuple[tuple[Saved, Report], _Residuals]:
-    del throw
+    integrator = run.integrator
     wanted = recorders(inputs, integrator)
     times_wanted = [rows.ts for rows in perturbed.requests.rows]
     plain = [Rows(rows.ts, None) for rows, is_wanted in zip(inputs.requests.rows, times_wanted, strict=True) if is_wanted]
     extra = [RowRecorder(rows, inputs.problem, integrator.solver) for rows in plain]
-    outcome = integrator(inputs.problem, [*wanted, *extra, adjoint.recorder(integrator, inputs)], valid)
+    outcome = integrator(inputs.problem, [*wanted, *extra, adjoint.recorder(integrator, inputs)], run.valid)
     states = iter(outcome.records[len(wanted) :])
     row_states = tuple(next(states).rows if is_wanted else None for is_wanted in times_wanted)
     residuals = _Residuals(outcome.records[-1], outcome.state, row_states, outcome.report)
@@ -104,20 +96,17 @@ def _backward(
     cotangent: tuple[Saved, Report],
     perturbed: Inputs,
     inputs: Inputs,
-    integrator: Integrator,
-    valid: Array,
+    run: Run,
     adjoint: AbstractExactAdjoint,
-    throw: bool,
 ) -> Inputs:
-    del valid
-    requests, solver = inputs.requests, integrator.solver
+    integrator, requests, solver = run.integrator, inputs.requests, run.integrator.solver
     problem = inputs.problem.without_cost() if is_zero(cotangent[0].cost) else inputs.problem
     sweep = _Sweep(Way(problem, integrator, residuals.report, residuals.last), requests, residuals.trail, cotangent[0])
     swept, drift = sweep.run()
     if drift is not None:
         lost = sweep.asked & ~(drift <= adjoint.drift_limit(problem))
         swept = unknown_if(lost, swept)
-        if throw:
+        if run.throw:
             status = jnp.where(lost, Status.REVERSE_DRIFT, Status.SUCCESS)
             swept = raise_on_reverse_failure(swept, status, problem.t0)
 
