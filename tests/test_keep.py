@@ -62,7 +62,8 @@ STEPPING = {
 
 @pytest.fixture(scope="module")
 def by_states():
-    return {name: gradient(Y0, WEIGHTS, aj.DiscreteAdjoint(), *stepping) for name, stepping in STEPPING.items()}
+    adjoint = aj.DiscreteAdjoint(keep=aj.KeepStates())
+    return {name: gradient(Y0, WEIGHTS, adjoint, *stepping) for name, stepping in STEPPING.items()}
 
 
 @pytest.mark.parametrize("stepping", STEPPING)

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, DTypeLike, Float, PyTree
 
 from adjoint_jax import tree
+from adjoint_jax.adjoints.memory import Memory
+from adjoint_jax.adjoints.trail import Way
 from adjoint_jax.integrate import Integrator, Outcome, Report
 from adjoint_jax.interpolation import Interpolant
 from adjoint_jax.problem import Parameters, Problem, Rates, flow_cotangent
@@ -53,6 +55,16 @@ class AbstractAdjoint(eqx.Module):
         """The same adjoint with arrays for its numbers, times in the given dtype."""
         del dtype
         return self
+
+    def recorders(self, integrator: Integrator, inputs: Inputs) -> list[AbstractRecorder]:
+        """What must be recorded for the way back, besides what is asked for."""
+        del integrator, inputs
+        return []
+
+    def memory(self, way: Way, records: Sequence[Any]) -> Memory:
+        """What is kept for the way back, from the shapes of what its recorders recorded."""
+        del way, records
+        return Memory.of()
 
     @abc.abstractmethod
     def solve(self, inputs: Inputs, run: Run) -> tuple[Saved, Report]:

@@ -40,10 +40,9 @@ from adjoint_jax.adjoints.reverse_ode import Observations
 from adjoint_jax.adjoints.trail import Way
 from adjoint_jax.errors import raise_on_reverse_failure
 from adjoint_jax.forward_only import gradient_once
-from adjoint_jax.integrate import Integrator, Report
+from adjoint_jax.integrate import Report
 from adjoint_jax.lanes import max_lane
 from adjoint_jax.problem import Parameters, Problem
-from adjoint_jax.recorders import AbstractRecorder
 from adjoint_jax.saveat import Requests, Rows
 from adjoint_jax.solution import Status
 from adjoint_jax.solvers.solver import StepOutputs
@@ -72,10 +71,6 @@ class Swept(NamedTuple):
 
 class AbstractContinuousAdjoint(AbstractAdjoint):
     """An adjoint that solves the reverse adjoint ODE as an ODE of its own."""
-
-    @abc.abstractmethod
-    def recorders(self, integrator: Integrator, inputs: Inputs) -> list[AbstractRecorder]:
-        """What it needs to have recorded."""
 
     def resets(self, way: Way, records: Sequence[Any]) -> list[Observations]:
         """States that were recorded for the sweep's own sake, as observations of which the loss says nothing."""

@@ -5,6 +5,7 @@ They differ in how the states before the steps are recovered on the way back, wh
 
 import abc
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -31,6 +32,7 @@ from adjoint_jax.adjoints.adjoint import (
     times_cotangent,
     unknown_if,
 )
+from adjoint_jax.adjoints.memory import Memory
 from adjoint_jax.adjoints.rows import Pulled, RowPull, Steps, pull_row
 from adjoint_jax.adjoints.trail import AbstractTrail, Segment, Walked, Way
 from adjoint_jax.errors import raise_on_reverse_failure
@@ -48,8 +50,11 @@ class AbstractExactAdjoint(AbstractAdjoint):
     """An adjoint that is exact for the computed solution: it transposes every step."""
 
     @abc.abstractmethod
-    def recorder(self, integrator: Integrator, inputs: Inputs) -> AbstractRecorder:
-        """Records a trail."""
+    def recorders(self, integrator: Integrator, inputs: Inputs) -> list[AbstractRecorder]:
+        """One, which records a trail."""
+
+    def memory(self, way: Way, records: Sequence[Any]) -> Memory:
+        return records[0].memory(way)
 
     def drift_limit(self, problem: Problem) -> Scalar:
         """How far the state recovered at t0 may be from y0, in parts of its size, before the gradient is in doubt."""
@@ -83,7 +88,7 @@ def _forward(
     times_wanted = [rows.ts for rows in perturbed.requests.rows]
     plain = [Rows(rows.ts, None) for rows, is_wanted in zip(inputs.requests.rows, times_wanted, strict=True) if is_wanted]
     extra = [RowRecorder(rows, inputs.problem, integrator.solver) for rows in plain]
-    outcome = integrator(inputs.problem, [*wanted, *extra, adjoint.recorder(integrator, inputs)], run.valid)
+    outcome = integrator(inputs.problem, [*wanted, *extra, *adjoint.recorders(integrator, inputs)], run.valid)
     states = iter(outcome.records[len(wanted) :])
     row_states = tuple(next(states).rows if is_wanted else None for is_wanted in times_wanted)
     residuals = _Residuals(outcome.records[-1], outcome.state, row_states, outcome.report)
