@@ -115,16 +115,19 @@ class KeepStages(AbstractRungeKuttaKeep):
 
 
 class Linearisations(NamedTuple):
-    """A state, and what the pullbacks of a step's stages keep that varies from stage to stage."""
+    """A state, and what the pullbacks of a step's stages keep that varies from stage to stage: those of the field alone
+    and, if there is a running cost, those of both. Which of them is wanted, only the way back knows: a cost that the loss
+    does not use must have no effect, even where its derivative is not finite."""
 
     state: Arrays
-    residuals: tuple[list[Arrays], ...]
+    of_field: tuple[list[Arrays], ...]
+    of_both: tuple[list[Arrays], ...]
 
 
 class KeepLinearisations(AbstractRungeKuttaKeep):
     """Keep the state before each step and the linearisation of the field at its stages, as plain backpropagation does: the
     way back evaluates no field, only pullbacks. Of what a pullback keeps, what does not depend on time and state (weights
-    of a network, say) is kept once. For explicit Runge-Kutta methods.
+    of a network, say) is kept once. For explicit Runge-Kutta methods; with a running cost, about twice as much is kept.
 
     - `bytes`: as many steps are kept at a time as fit in so many bytes; earlier ones are taken again from checkpoints.
     """
@@ -132,11 +135,17 @@ class KeepLinearisations(AbstractRungeKuttaKeep):
     what: ClassVar[str] = "linearisations"
 
     def of(self, problem: Problem, solver: AbstractSolver, step: Step, *, interpolated: bool) -> Linearisations:
-        runge_kutta, varies = self.runge_kutta(solver), _varying(problem)
+        runge_kutta = self.runge_kutta(solver)
         stages = step.stages[: runge_kutta.stages_that_matter(interpolated=interpolated)]
-        pullbacks = runge_kutta.pullbacks(problem, step.interval, step.before, stages)
-        residuals = (zip(jax.tree.leaves(pullback), varies, strict=True) for pullback in pullbacks)
-        return Linearisations(step.before, tuple([leaf for leaf, kept in leaves if kept] for leaves in residuals))
+
+        def residuals(problem: Problem) -> tuple[list[Arrays], ...]:
+            varies = _varying(problem)
+            pullbacks = runge_kutta.pullbacks(problem, step.interval, step.before, stages)
+            pairs = (zip(jax.tree.leaves(pullback), varies, strict=True) for pullback in pullbacks)
+            return tuple([leaf for leaf, kept in leaves if kept] for leaves in pairs)
+
+        of_both = () if problem.running_cost is None else residuals(problem)
+        return Linearisations(step.before, residuals(problem.without_cost()), of_both)
 
     def state(self, kept: Linearisations) -> Arrays:
         return kept.state
@@ -151,7 +160,7 @@ class KeepLinearisations(AbstractRungeKuttaKeep):
             own = iter(residuals)
             return jax.tree.unflatten(structure, [next(own) if k else leaf for leaf, k in zip(leaves, varies, strict=True)])
 
-        pullbacks = [restored(residuals) for residuals in kept.residuals]
+        pullbacks = [restored(residuals) for residuals in (kept.of_field if problem.running_cost is None else kept.of_both)]
         return self.runge_kutta(solver).transposed_from_pullbacks(pullbacks, interval, cotangent)
 
 
