@@ -72,6 +72,11 @@ class Requests(eqx.Module):
     states: bool = eqx.field(static=True)
     dense: bool = eqx.field(static=True)
 
+    @property
+    def interpolated(self) -> bool:
+        """Whether a loss may depend on interpolants of steps."""
+        return bool(self.rows) or self.dense
+
 
 def hoist_observable(fn: Observable, problem: Problem) -> Observable:
     """`fn` as a pytree that holds every array it closes over."""

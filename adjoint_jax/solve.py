@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Bool, DTypeLike, Float, PyTree
 
 from adjoint_jax import tree
-from adjoint_jax.adjoints.adjoint import AbstractAdjoint, Saved, undifferentiable
+from adjoint_jax.adjoints.adjoint import AbstractAdjoint, Inputs, Run, Saved, undifferentiable
 from adjoint_jax.adjoints.discrete import DiscreteAdjoint
 from adjoint_jax.controllers.controller import AbstractController, positive
 from adjoint_jax.controllers.step_sizes import PIDController
@@ -157,7 +157,7 @@ def _solve(
         dense=any(save.dense for save in saveats),
     )
     valid = _valid_times(problem, saveats, integrator.controller)
-    saved, report = adjoint.solve(integrator, problem, requests, valid, throw=throw)
+    saved, report = adjoint.solve(Inputs(problem, requests), Run(integrator, valid, throw))
     report = jax.lax.stop_gradient(report)
     rows = iter(saved.rows)
     assembly = [_assemble(save, problem, saved, report, next(rows) if save.ts is not None else None) for save in saveats]

@@ -12,7 +12,7 @@ import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from problems import LOTKA_VOLTERRA, compare, jit, lotka_volterra, measure, problem, running_cost
+from problems import LOTKA_VOLTERRA, PROBLEMS, compare, jit, lotka_volterra, measure, problem, rows_measure, running_cost
 
 import adjoint_jax as aj
 
@@ -24,18 +24,9 @@ METHODS = {
     "interpolating": (aj.Heun(), aj.InterpolatingAdjoint()),
     "gauss": (aj.Heun(), aj.GaussAdjoint()),
 }
-MATRIX = {
-    "linear": ("checkpoints", "backsolve", "interpolating"),
-    "lotka_volterra": ("discrete", "reversible", "backsolve", "gauss"),
-    "backward": ("checkpoints", "reversible", "backsolve", "interpolating"),
-    "forced": ("discrete", "reversible", "backsolve", "interpolating"),
-    "network": ("discrete", "reversible", "backsolve", "gauss"),
-    "heat": ("checkpoints", "interpolating", "gauss"),
-    "complex": ("checkpoints", "reversible", "backsolve", "interpolating"),
-    "mixed": ("discrete", "reversible", "backsolve", "gauss"),
-}
-"""What is tested with what. `DiscreteAdjoint` with and without checkpoints share all code but one branch, and so do
-`InterpolatingAdjoint` and `GaussAdjoint` but for their quadratures: they take turns."""
+UNSTABLE = {("heat", "backsolve"), ("heat", "reversible")}
+"""What cannot be: the reversed flow and the reversible method are unstable. They have tests of their own."""
+MATRIX = [(name, method) for name in PROBLEMS for method in METHODS if (name, method) not in UNSTABLE]
 ROWS = 7
 RANDOM = np.random.default_rng(7).uniform(0.5, 1.5, ROWS + 1) * np.array([1, -1, 1, 1, -1, 1, 1, 1])
 
@@ -133,7 +124,7 @@ LARGEST = 300
 """An error in tolerances: global errors are sums of local ones, and derivatives of them."""
 
 
-@pytest.mark.parametrize(("name", "method"), [(name, method) for name, methods in MATRIX.items() for method in methods])
+@pytest.mark.parametrize(("name", "method"), MATRIX)
 def test_gradients_of_all_that_is_observed(name, method):
     """With respect to y0, leaves of the field, args, values that field and cost close over, t0, t1, and each of ts."""
     case, gradient = contract_problem(name), gradient_program(name, method)
@@ -150,21 +141,29 @@ def test_gradients_of_all_that_is_observed(name, method):
     assert tight < worst("everything", 1e-5) / 100
 
 
-@pytest.mark.parametrize("tolerance", [1e-5, 1e-8])
-def test_backsolve_gives_no_wrong_number_where_the_reversed_flow_is_unstable(tolerance):
-    """The heat equation backward in time, without any state saved on the way."""
+# What the matrix leaves out: no wrong number, but a failure that says what is the matter
+
+
+@pytest.mark.parametrize(
+    ("solver", "adjoint", "status"),
+    [
+        (aj.Tsit5(), aj.BacksolveAdjoint(), "REVERSE_DRIFT"),  # no state is saved on the way
+        (aj.Reversible(aj.Heun()), aj.ReversibleAdjoint(), "MAX_STEPS_REACHED"),  # already forward: tiny steps are stable
+        (aj.Reversible(aj.Heun(), 0.5), aj.ReversibleAdjoint(), "REVERSE_DRIFT"),  # rounding errors double in a step
+    ],
+)
+def test_gradients_of_the_heat_equation_that_cannot_be(solver, adjoint, status):
     case = contract_problem("heat")
 
     def gradient(throw):
         def loss(theta):
-            controller = aj.PIDController(rtol=tolerance, atol=tolerance)
-            options = {"controller": controller, "adjoint": aj.BacksolveAdjoint(), "throw": throw}
+            options = {"solver": solver, "adjoint": adjoint, "throw": throw}
             return aj.solve(*case.make(theta)[:1], 0.0, 1.5, case.inputs["y0"], theta, **options).ys.sum()
 
-        return jax.grad(loss)(case.inputs["theta"])
+        return jax.block_until_ready(jit(jax.grad(loss))(case.inputs["theta"]))
 
     assert np.isnan(gradient(throw=False))
-    with pytest.raises((aj.SolveError, jax.errors.JaxRuntimeError), match="REVERSE_DRIFT"):
+    with pytest.raises((aj.SolveError, jax.errors.JaxRuntimeError), match=status):
         gradient(throw=True)
 
 
@@ -202,50 +201,53 @@ def test_exact_adjoints_equal_forward_mode_to_rounding(name, method):
         compare(gradient_program(name, method)(observed, 1e-4), expected, 1e-10, observed)
 
 
-# Terminal values alone, and transformations
+# Transformations
 
 
+TOLERANCE = 1e-6
 LANES = jnp.array([[1.2, 2.0], [0.4, 0.5], [2.0, 3.0]])
-TOLERANCE = 1e-7
 
 
-def true_terminal_loss(y0, theta):
-    return measure(problem("lotka_volterra").flow({"t0": 0.0, "y0": y0, "theta": theta}, 1.5))
-
-
-@functools.cache
-def true_lanes():
-    return jit(jax.vmap(jax.value_and_grad(true_terminal_loss, (0, 1)), (0, None)))(LANES, LOTKA_VOLTERRA)
-
-
-def terminal_loss(method, y0, theta):
+def lane_loss(method, y0, theta):
+    """Of states at times inside, one of them twice, and at both ends."""
     solver, adjoint = METHODS[method]
+    ts = contract_problem("lotka_volterra").inputs["ts"]
     controller = aj.PIDController(rtol=TOLERANCE, atol=TOLERANCE)
-    options = {"solver": solver, "controller": controller, "adjoint": adjoint, "max_steps": 16384}
-    return measure(aj.solve(lotka_volterra, 0.0, 1.5, y0, theta, **options).ys[0])
+    options = {"solver": solver, "controller": controller, "adjoint": adjoint, "max_steps": 16384, "throw": False}
+    return rows_measure(aj.solve(lotka_volterra, ts[0], ts[-1], y0, theta, saveat=aj.SaveAt(ts), **options).ys)
+
+
+def true_lane_loss(y0, theta):
+    case = contract_problem("lotka_volterra")
+    return rows_measure(jax.vmap(lambda t: case.flow({"t0": 0.0, "y0": y0, "theta": theta}, t))(case.inputs["ts"]))
+
+
+def in_lanes(loss):
+    """Values and gradients of lanes, which take different steps; and the gradient of their sum."""
+
+    def total(y0s, theta):
+        return jax.vmap(loss, (0, None))(y0s, theta).sum()
+
+    lanes = jax.vmap(jax.value_and_grad(loss, (0, 1)), (0, None))
+    return jit(lambda *point: (lanes(*point), jax.grad(total, (0, 1))(*point)))(LANES, LOTKA_VOLTERRA)
+
+
+true_lanes = functools.cache(lambda: in_lanes(true_lane_loss))
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_gradients_of_terminal_values_in_lanes(method):
+def test_gradients_in_lanes(method):
     """vmap of value and gradient, and the gradient of a sum over vmap."""
-    loss = functools.partial(terminal_loss, method)
-
-    values, gradients = jit(jax.vmap(jax.value_and_grad(loss, (0, 1)), (0, None)))(LANES, LOTKA_VOLTERRA)
-    true_values, true_gradients = true_lanes()
-    np.testing.assert_allclose(values, true_values, rtol=LARGEST * TOLERANCE)
-    compare(gradients, true_gradients, LARGEST * TOLERANCE)
-    of_sum = jit(jax.grad(lambda y0s, theta: jax.vmap(loss, (0, None))(y0s, theta).sum(), (0, 1)))(LANES, LOTKA_VOLTERRA)
-    y0s, thetas = gradients
+    (values, (y0s, thetas)), of_sum = in_lanes(functools.partial(lane_loss, method))
+    compare((values, (y0s, thetas)), true_lanes()[0], LARGEST * TOLERANCE)
     compare(of_sum, (y0s, jax.tree.map(lambda leaf: leaf.sum(0), thetas)), 1e-9)
 
 
-@pytest.mark.parametrize("method", ["reversible", "interpolating"])
-def test_gradients_of_terminal_values_without_jit(method):
-    y0s, thetas = true_lanes()[1]
-    expected = y0s[0], jax.tree.map(lambda leaf: leaf[0], thetas)
-    compare(
-        jax.grad(functools.partial(terminal_loss, method), (0, 1))(LANES[0], LOTKA_VOLTERRA), expected, LARGEST * TOLERANCE
-    )
+@pytest.mark.parametrize("method", ["checkpoints", "reversible", "backsolve", "gauss"])
+def test_gradients_without_jit(method):
+    case = contract_problem("linear")
+    got = jax.grad(functools.partial(loss, case, *METHODS[method]))(case.inputs, RANDOM, TOLERANCE)
+    compare(got, gradient_program("linear", method)("everything", TOLERANCE), 1e-9)
 
 
 # Checkpoints that divide what remains again and again
@@ -274,7 +276,7 @@ def ring_gradients(checkpoints, grid):
     return jit(gradient if grid else jax.vmap(gradient, (0, None)))(3.0 if grid else jnp.array([0.4, 3.0, 1.0]), RING)
 
 
-@pytest.mark.parametrize("checkpoints", [1, 2, 3, 5])
+@pytest.mark.parametrize("checkpoints", [1, 3])
 @pytest.mark.parametrize("grid", [True, False], ids=["given grid", "adaptive lanes"])
 def test_any_number_of_checkpoints_gives_the_same_gradient(checkpoints, grid):
     expected, steps = ring_gradients(None, grid)

@@ -8,7 +8,7 @@ import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from problems import HEUN_HERMITE
+from problems import HEUN_HERMITE, compare, jit
 
 import adjoint_jax as aj
 
@@ -62,14 +62,38 @@ STEPPING = {
 
 @pytest.fixture(scope="module")
 def by_states():
-    return {name: gradient(Y0, WEIGHTS, aj.DiscreteAdjoint(), *stepping) for name, stepping in STEPPING.items()}
+    adjoint = aj.DiscreteAdjoint(keep=aj.KeepStates())
+    return {name: gradient(Y0, WEIGHTS, adjoint, *stepping) for name, stepping in STEPPING.items()}
 
 
-@pytest.mark.parametrize("stepping", STEPPING)
-@pytest.mark.parametrize("keep", KEEPS)
+@pytest.mark.parametrize(
+    ("keep", "stepping"),
+    [
+        ("stages", "grid"),
+        ("linearisations", "grid"),
+        ("few linearisations", "grid"),
+        ("linearisations", "adaptive with dense stages"),
+        ("few stages", "adaptive with dense stages"),
+    ],
+)
 def test_the_gradient_does_not_depend_on_what_is_kept(keep, stepping, by_states):
     got = gradient(Y0, WEIGHTS, aj.DiscreteAdjoint(keep=KEEPS[keep]), *STEPPING[stepping])
     np.testing.assert_allclose(got, by_states[stepping], rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("keep", ["stages", "linearisations"])
+def test_a_cost_that_is_not_used_has_no_effect(keep):
+    """Not even where its own derivative is infinite."""
+
+    def loss(y0, weights, keep, cost):
+        options = {"solver": aj.RK4(), "controller": aj.FixedSteps(5), "running_cost": cost}
+        return jnp.sum(aj.solve(network, 0.0, 2.0, y0, weights, adjoint=aj.DiscreteAdjoint(keep=keep), **options).ys ** 2)
+
+    def cost(t, y, weights):
+        return jnp.sum(jnp.sin(y @ weights[0]) * jnp.exp(t * y) + jnp.sqrt(y - y))
+
+    gradients = jit(lambda: [jax.grad(loss, (0, 1))(Y0, WEIGHTS, KEEPS[keep], one) for one in (cost, None)])()
+    compare(*gradients, 1e-12)
 
 
 def compiled(keep):

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, DTypeLike, Float, PyTree
 
 from adjoint_jax import tree
+from adjoint_jax.adjoints.memory import Memory
+from adjoint_jax.adjoints.trail import Way
 from adjoint_jax.integrate import Integrator, Outcome, Report
 from adjoint_jax.interpolation import Interpolant
 from adjoint_jax.problem import Parameters, Problem, Rates, flow_cotangent
@@ -37,6 +39,15 @@ class Inputs(NamedTuple):
     requests: Requests
 
 
+class Run(NamedTuple):
+    """How a solve goes: what integrates; whether its times make sense; and whether a derivative that cannot be computed
+    raises an error."""
+
+    integrator: Integrator
+    valid: Bool[Array, ""]
+    throw: bool
+
+
 class AbstractAdjoint(eqx.Module):
     """A way to differentiate a solve."""
 
@@ -45,12 +56,19 @@ class AbstractAdjoint(eqx.Module):
         del dtype
         return self
 
+    def recorders(self, integrator: Integrator, inputs: Inputs) -> list[AbstractRecorder]:
+        """What must be recorded for the way back, besides what is asked for."""
+        del integrator, inputs
+        return []
+
+    def memory(self, way: Way, records: Sequence[Any]) -> Memory:
+        """What is kept for the way back, from the shapes of what its recorders recorded."""
+        del way, records
+        return Memory.of()
+
     @abc.abstractmethod
-    def solve(
-        self, integrator: Integrator, problem: Problem, requests: Requests, valid: Bool[Array, ""], *, throw: bool
-    ) -> tuple[Saved, Report]:
-        """Integrate, with a derivative of `Saved` with respect to every inexact array of problem and requests. `throw`:
-        whether a derivative that cannot be computed raises an error."""
+    def solve(self, inputs: Inputs, run: Run) -> tuple[Saved, Report]:
+        """Integrate, with a derivative of `Saved` with respect to every inexact array of the inputs."""
 
 
 def recorders(inputs: Inputs, integrator: Integrator) -> list[AbstractRecorder]:
@@ -80,10 +98,10 @@ def saved(inputs: Inputs, integrator: Integrator, outcome: Outcome) -> Saved:
     )
 
 
-def integrate(inputs: Inputs, integrator: Integrator, valid: Bool[Array, ""]) -> tuple[Saved, Report]:
+def integrate(inputs: Inputs, run: Run) -> tuple[Saved, Report]:
     """A solve without anything that a derivative would need."""
-    outcome = integrator(inputs.problem, recorders(inputs, integrator), valid)
-    return saved(inputs, integrator, outcome), outcome.report
+    outcome = run.integrator(inputs.problem, recorders(inputs, run.integrator), run.valid)
+    return saved(inputs, run.integrator, outcome), outcome.report
 
 
 def materialise(cotangent: PyTree[Any], like: Arrays) -> Arrays:

@@ -12,6 +12,7 @@ from jaxtyping import Array, DTypeLike, Float
 from adjoint_jax import tree
 from adjoint_jax.adjoints.adjoint import Inputs, relative_distance, unknown_if
 from adjoint_jax.adjoints.continuous import AbstractContinuousAdjoint, Final, Swept, preceded_by_t0
+from adjoint_jax.adjoints.memory import Kept, Memory
 from adjoint_jax.adjoints.reverse_ode import (
     AbstractReverseSystem,
     Adjoint,
@@ -76,6 +77,10 @@ class BacksolveAdjoint(AbstractContinuousAdjoint):
             return []
         problem = inputs.problem
         return [RowRecorder(Rows(self._checkpoint_times(problem), None), problem, integrator.solver)]
+
+    def memory(self, way: Way, records: Sequence[Any]) -> Memory:
+        del way
+        return Memory.of(*(Kept.rows("checkpoints", record.rows) for record in records))
 
     def _checkpoint_times(self, problem: Problem) -> Float[Array, " checkpoints"]:
         fractions = jnp.arange(1, self.checkpoints + 1) / (self.checkpoints + 1)

@@ -13,16 +13,18 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 from adjoint_jax import tree
 from adjoint_jax.adjoints.adjoint import (
     AbstractAdjoint,
     Inputs,
+    Run,
     Saved,
     blame,
     cost_cotangent,
     ends_cotangent,
+    integrate,
     is_zero,
     materialise,
     observed_rows,
@@ -38,10 +40,9 @@ from adjoint_jax.adjoints.reverse_ode import Observations
 from adjoint_jax.adjoints.trail import Way
 from adjoint_jax.errors import raise_on_reverse_failure
 from adjoint_jax.forward_only import gradient_once
-from adjoint_jax.integrate import Integrator, Report
+from adjoint_jax.integrate import Report
 from adjoint_jax.lanes import max_lane
 from adjoint_jax.problem import Parameters, Problem
-from adjoint_jax.recorders import AbstractRecorder
 from adjoint_jax.saveat import Requests, Rows
 from adjoint_jax.solution import Status
 from adjoint_jax.solvers.solver import StepOutputs
@@ -71,10 +72,6 @@ class Swept(NamedTuple):
 class AbstractContinuousAdjoint(AbstractAdjoint):
     """An adjoint that solves the reverse adjoint ODE as an ODE of its own."""
 
-    @abc.abstractmethod
-    def recorders(self, integrator: Integrator, inputs: Inputs) -> list[AbstractRecorder]:
-        """What it needs to have recorded."""
-
     def resets(self, way: Way, records: Sequence[Any]) -> list[Observations]:
         """States that were recorded for the sweep's own sake, as observations of which the loss says nothing."""
         del way, records
@@ -84,11 +81,9 @@ class AbstractContinuousAdjoint(AbstractAdjoint):
     def sweep(self, way: Way, records: Sequence[Any], observations: Observations, final: Final) -> Swept:
         """Solve the reverse ODE from the end of the way to t0."""
 
-    def solve(
-        self, integrator: Integrator, problem: Problem, requests: Requests, valid: Bool[Array, ""], *, throw: bool
-    ) -> tuple[Saved, Report]:
-        inputs = Inputs(problem, without_observables(requests))
-        saved, report = _solve(inputs, integrator, valid, self, throw)
+    def solve(self, inputs: Inputs, run: Run) -> tuple[Saved, Report]:
+        problem, requests = inputs
+        saved, report = _solve(Inputs(problem, without_observables(requests)), run, self)
         return saved._replace(rows=observed_rows(requests, problem, saved.rows, report)), report
 
 
@@ -100,26 +95,18 @@ class _Residuals(NamedTuple):
 
 
 @eqx.filter_custom_vjp
-def _solve(
-    inputs: Inputs, integrator: Integrator, valid: Array, adjoint: AbstractContinuousAdjoint, throw: bool
-) -> tuple[Saved, Report]:
-    del adjoint, throw
-    outcome = integrator(inputs.problem, recorders(inputs, integrator), valid)
-    return saved(inputs, integrator, outcome), outcome.report
+def _solve(inputs: Inputs, run: Run, adjoint: AbstractContinuousAdjoint) -> tuple[Saved, Report]:
+    del adjoint
+    return integrate(inputs, run)
 
 
 @_solve.def_fwd
 def _forward(
-    perturbed: Inputs,
-    inputs: Inputs,
-    integrator: Integrator,
-    valid: Array,
-    adjoint: AbstractContinuousAdjoint,
-    throw: bool,
+    perturbed: Inputs, inputs: Inputs, run: Run, adjoint: AbstractContinuousAdjoint
 ) -> tuple[tuple[Saved, Report], _Residuals]:
-    del perturbed, throw
-    wanted = recorders(inputs, integrator)
-    outcome = integrator(inputs.problem, [*wanted, *adjoint.recorders(integrator, inputs)], valid)
+    del perturbed
+    integrator, wanted = run.integrator, recorders(inputs, run.integrator)
+    outcome = integrator(inputs.problem, [*wanted, *adjoint.recorders(integrator, inputs)], run.valid)
     result = saved(inputs, integrator, outcome)
     return (result, outcome.report), _Residuals(result, outcome.report, outcome.state, outcome.records[len(wanted) :])
 
@@ -130,22 +117,19 @@ def _backward(
     cotangent: tuple[Saved, Report],
     perturbed: Inputs,
     inputs: Inputs,
-    integrator: Integrator,
-    valid: Array,
+    run: Run,
     adjoint: AbstractContinuousAdjoint,
-    throw: bool,
 ) -> Inputs:
-    del valid
     problem = inputs.problem.without_cost() if is_zero(cotangent[0].cost) else inputs.problem
-    way = Way(problem, integrator, residuals.report, residuals.last)
+    way = Way(problem, run.integrator, residuals.report, residuals.last)
     asked = _Asked(way, inputs.requests, residuals.saved, cotangent[0])
     observations, final, scale = asked.scaled(adjoint.resets(way, residuals.records))
     swept = asked.answer(adjoint.sweep(way, residuals.records, observations, final))
-    if throw:
+    if run.throw:
         swept = raise_on_reverse_failure(swept, swept.status, swept.failure)
     a0, parameters = tree.scale(scale, (swept.a, swept.parameters))
     at_t1 = residuals.saved.y1, asked.y1
-    ends = ends_cotangent(problem, integrator, perturbed.problem, at_t1, a0, asked.cost)
+    ends = ends_cotangent(problem, run.integrator, perturbed.problem, at_t1, a0, asked.cost)
     all_rows = zip(inputs.requests.rows, perturbed.requests.rows, residuals.saved.rows, asked.rows, strict=True)
     ts = [
         times_cotangent(problem, rows, ys, reached_rows(problem, residuals.report, rows.ts), row)

@@ -4,9 +4,10 @@ import equinox as eqx
 
 from adjoint_jax.adjoints.adjoint import Inputs
 from adjoint_jax.adjoints.exact import AbstractExactAdjoint
-from adjoint_jax.adjoints.keep import AbstractKeep, KeepStates
-from adjoint_jax.adjoints.tape import TapeRecorder, check_checkpoints, tape_recorder
+from adjoint_jax.adjoints.keep import AbstractKeep, KeepStates, suitable_keep
+from adjoint_jax.adjoints.tape import check_checkpoints, tape_recorder
 from adjoint_jax.integrate import Integrator
+from adjoint_jax.recorders import AbstractRecorder
 
 
 class DiscreteAdjoint(AbstractExactAdjoint):
@@ -22,24 +23,35 @@ class DiscreteAdjoint(AbstractExactAdjoint):
     the last segment; the steps of an earlier segment are taken again, on the recorded grid, when its turn comes.
 
     - `checkpoints`: how many states to keep besides those of one segment. With fewer than there are segments, of about the
-      square root of the largest number of steps each, they divide what remains again and again: with k checkpoints, r
-      repetitions of the forward steps suffice for (k - 1 + r)! / ((k - 1)! r!) segments. By default, all states of a given
-      grid are kept if they fit in 16 MiB, and otherwise those at the starts of all segments: one repetition.
-
-    - `keep`: what is kept of the steps of a segment: `KeepStates()`, by default; `KeepStages()`; or `KeepLinearisations()`,
-      all that backpropagation needs, so that nothing is computed twice where it fits.
+      square root of the largest number of steps each, they divide what remains again and again: with k free checkpoints,
+      r repetitions of the forward steps suffice for (k + r)! / (k! r!) segments, but few are free at first. By default, all
+      states of a given grid are kept if they fit in 16 MiB, and otherwise those at the starts of all segments: one
+      repetition.
+    - `keep`: what is kept of the steps of a segment: `KeepStates()`; `KeepStages()`; or `KeepLinearisations()`, all that
+      backpropagation needs, so that nothing is computed twice where it fits. By default linearisations where an explicit
+      method takes the steps of a given grid, all of them fit in 16 MiB, those of one step are no larger than the parameters
+      (arrays of the vector field and of `args`), and no checkpoints are asked for; otherwise states.
+      `diagnostics.memory_plan` tells which, and what it takes.
 
     Memory: O(checkpoints + sqrt(steps)) states. Works under `jit`, `vmap`, and forward-mode differentiation of the
     gradient (`jax.jvp(jax.grad(loss), ...)`).
     """
 
     checkpoints: int | None = eqx.field(static=True, default=None)
-    keep: AbstractKeep = KeepStates()
+    keep: AbstractKeep | None = None
 
     def __check_init__(self) -> None:
         check_checkpoints(self.checkpoints, "DiscreteAdjoint")
-        if not isinstance(self.keep, AbstractKeep):
+        if not isinstance(self.keep, AbstractKeep | None):
             raise TypeError(f"DiscreteAdjoint(keep=...) must be KeepStates() or another of its kind, got {self.keep!r}.")
 
-    def recorder(self, integrator: Integrator, inputs: Inputs) -> TapeRecorder:
-        return tape_recorder(self.keep, self.checkpoints, integrator, inputs, whole=True)
+    def recorders(self, integrator: Integrator, inputs: Inputs) -> list[AbstractRecorder]:
+        return [tape_recorder(self._keep(integrator, inputs), self.checkpoints, integrator, inputs, whole=True)]
+
+    def _keep(self, integrator: Integrator, inputs: Inputs) -> AbstractKeep:
+        if self.keep is not None:
+            return self.keep
+        if self.checkpoints is not None:
+            return KeepStates()
+        (problem, requests), steps = inputs, integrator.grid_steps(inputs.problem)
+        return suitable_keep(problem, integrator.solver, steps, interpolated=requests.interpolated)

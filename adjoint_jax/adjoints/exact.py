@@ -5,17 +5,19 @@ They differ in how the states before the steps are recovered on the way back, wh
 
 import abc
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 from adjoint_jax import tree
 from adjoint_jax.adjoints.adjoint import (
     AbstractAdjoint,
     Inputs,
+    Run,
     Saved,
     blame,
     cost_cotangent,
@@ -30,6 +32,7 @@ from adjoint_jax.adjoints.adjoint import (
     times_cotangent,
     unknown_if,
 )
+from adjoint_jax.adjoints.memory import Memory
 from adjoint_jax.adjoints.rows import Pulled, RowPull, Steps, pull_row
 from adjoint_jax.adjoints.trail import AbstractTrail, Segment, Walked, Way
 from adjoint_jax.errors import raise_on_reverse_failure
@@ -47,25 +50,24 @@ class AbstractExactAdjoint(AbstractAdjoint):
     """An adjoint that is exact for the computed solution: it transposes every step."""
 
     @abc.abstractmethod
-    def recorder(self, integrator: Integrator, inputs: Inputs) -> AbstractRecorder:
-        """Records a trail."""
+    def recorders(self, integrator: Integrator, inputs: Inputs) -> list[AbstractRecorder]:
+        """One, which records a trail."""
+
+    def memory(self, way: Way, records: Sequence[Any]) -> Memory:
+        return records[0].memory(way)
 
     def drift_limit(self, problem: Problem) -> Scalar:
         """How far the state recovered at t0 may be from y0, in parts of its size, before the gradient is in doubt."""
         return jnp.full((), jnp.inf, problem.t0.dtype)
 
-    def solve(
-        self, integrator: Integrator, problem: Problem, requests: Requests, valid: Bool[Array, ""], *, throw: bool
-    ) -> tuple[Saved, Report]:
-        return _solve(Inputs(problem, requests), integrator, valid, self, throw)
+    def solve(self, inputs: Inputs, run: Run) -> tuple[Saved, Report]:
+        return _solve(inputs, run, self)
 
 
 @eqx.filter_custom_vjp
-def _solve(
-    inputs: Inputs, integrator: Integrator, valid: Array, adjoint: AbstractExactAdjoint, throw: bool
-) -> tuple[Saved, Report]:
-    del adjoint, throw
-    return integrate(inputs, integrator, valid)
+def _solve(inputs: Inputs, run: Run, adjoint: AbstractExactAdjoint) -> tuple[Saved, Report]:
+    del adjoint
+    return integrate(inputs, run)
 
 
 class _Residuals(NamedTuple):
@@ -79,19 +81,14 @@ class _Residuals(NamedTuple):
 
 @_solve.def_fwd
 def _forward(
-    perturbed: Inputs,
-    inputs: Inputs,
-    integrator: Integrator,
-    valid: Array,
-    adjoint: AbstractExactAdjoint,
-    throw: bool,
+    perturbed: Inputs, inputs: Inputs, run: Run, adjoint: AbstractExactAdjoint
 ) -> tuple[tuple[Saved, Report], _Residuals]:
-    del throw
+    integrator = run.integrator
     wanted = recorders(inputs, integrator)
     times_wanted = [rows.ts for rows in perturbed.requests.rows]
     plain = [Rows(rows.ts, None) for rows, is_wanted in zip(inputs.requests.rows, times_wanted, strict=True) if is_wanted]
     extra = [RowRecorder(rows, inputs.problem, integrator.solver) for rows in plain]
-    outcome = integrator(inputs.problem, [*wanted, *extra, adjoint.recorder(integrator, inputs)], valid)
+    outcome = integrator(inputs.problem, [*wanted, *extra, *adjoint.recorders(integrator, inputs)], run.valid)
     states = iter(outcome.records[len(wanted) :])
     row_states = tuple(next(states).rows if is_wanted else None for is_wanted in times_wanted)
     residuals = _Residuals(outcome.records[-1], outcome.state, row_states, outcome.report)
@@ -104,20 +101,17 @@ def _backward(
     cotangent: tuple[Saved, Report],
     perturbed: Inputs,
     inputs: Inputs,
-    integrator: Integrator,
-    valid: Array,
+    run: Run,
     adjoint: AbstractExactAdjoint,
-    throw: bool,
 ) -> Inputs:
-    del valid
-    requests, solver = inputs.requests, integrator.solver
+    integrator, requests, solver = run.integrator, inputs.requests, run.integrator.solver
     problem = inputs.problem.without_cost() if is_zero(cotangent[0].cost) else inputs.problem
     sweep = _Sweep(Way(problem, integrator, residuals.report, residuals.last), requests, residuals.trail, cotangent[0])
     swept, drift = sweep.run()
     if drift is not None:
         lost = sweep.asked & ~(drift <= adjoint.drift_limit(problem))
         swept = unknown_if(lost, swept)
-        if throw:
+        if run.throw:
             status = jnp.where(lost, Status.REVERSE_DRIFT, Status.SUCCESS)
             swept = raise_on_reverse_failure(swept, status, problem.t0)
 

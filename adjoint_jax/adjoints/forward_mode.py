@@ -5,12 +5,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool
+from jaxtyping import Array
 
 from adjoint_jax import tree
-from adjoint_jax.adjoints.adjoint import AbstractAdjoint, Inputs, Saved, integrate, observed_rows, without_observables
+from adjoint_jax.adjoints.adjoint import AbstractAdjoint, Inputs, Run, Saved, integrate, observed_rows, without_observables
 from adjoint_jax.forward_only import forward_only
-from adjoint_jax.integrate import Integrator, Report
+from adjoint_jax.integrate import Report
 from adjoint_jax.problem import Problem
 from adjoint_jax.saveat import Requests, Rows
 from adjoint_jax.tree import Arrays, Scalar
@@ -27,17 +27,15 @@ class ForwardMode(AbstractAdjoint):
     `jax.jvp(jax.grad(loss), ...)` works.
     """
 
-    def solve(
-        self, integrator: Integrator, problem: Problem, requests: Requests, valid: Bool[Array, ""], *, throw: bool
-    ) -> tuple[Saved, Report]:
-        del throw
+    def solve(self, inputs: Inputs, run: Run) -> tuple[Saved, Report]:
+        (problem, requests), integrator = inputs, run.integrator
         t0, t1 = jax.lax.stop_gradient((problem.t0, problem.t1))
         ends = integrator.controller.interval(t0, t1)
         at_t0, backward = problem.rates(ends.first, problem.y0), -problem.t0
         moved = dataclasses.replace(problem, y0=_carried(problem.y0, at_t0.y, backward), t0=t0, t1=t1)
         plain = without_observables(requests)
         still = Requests(tuple(Rows(jax.lax.stop_gradient(r.ts), None) for r in plain.rows), plain.states, plain.dense)
-        saved, report = integrate(Inputs(moved, still), integrator, valid)
+        saved, report = integrate(Inputs(moved, still), run)
         at_t1 = problem.rates(ends.last, saved.y1)
         ys = [_carried_rows(moved, *pair) for pair in zip(requests.rows, saved.rows, strict=True)]
         differentiated = saved._replace(

@@ -1,6 +1,7 @@
 """Adjoints that solve for a(t) alone, backward, with y(t) from the interpolants of the forward steps."""
 
 import abc
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from adjoint_jax import tree
 from adjoint_jax.adjoints.adjoint import Inputs, unknown_if
 from adjoint_jax.adjoints.continuous import AbstractContinuousAdjoint, Final, Swept, preceded_by_t0
 from adjoint_jax.adjoints.keep import KeepStates
+from adjoint_jax.adjoints.memory import Kept, Memory
 from adjoint_jax.adjoints.reverse_ode import (
     AbstractReverseSystem,
     Adjoint,
@@ -58,6 +60,11 @@ class AbstractInterpolatingAdjoint(AbstractContinuousAdjoint):
 
     def recorders(self, integrator: Integrator, inputs: Inputs) -> list[AbstractRecorder]:
         return [tape_recorder(KeepStates(), self.checkpoints, integrator, inputs, whole=False)]
+
+    def memory(self, way: Way, records: Sequence[Any]) -> Memory:
+        segment = Segment(way.report.slots, way.report.slots, records[0].recent)
+        interpolants = jax.eval_shape(functools.partial(_interpolants, way, records[0]), segment)
+        return records[0].memory(way).also(Kept.rows("interpolants", interpolants))
 
     def sweep(self, way: Way, records: Sequence[Any], observations: Observations, final: Final) -> Swept:
         trail = records[0].standing_still(way)
@@ -118,7 +125,9 @@ class _SegmentSweep(NamedTuple):
 
     def over_segment(self, segment: Segment, stand: _Stand) -> _Stand:
         """From the segment's end to its start, with the observations in between."""
-        system = _Along(self.way.problem, self.cost, self._interpolants(segment), segment.steps, self.way.direction)
+        system = _Along(
+            self.way.problem, self.cost, _interpolants(self.way, self.trail, segment), segment.steps, self.way.direction
+        )
         begin, direction = tree.take(self.trail.times, segment.begin), self.way.direction
 
         def observed(stand: _Stand) -> Bool[Array, ""]:
@@ -138,25 +147,26 @@ class _SegmentSweep(NamedTuple):
 
         return jax.lax.while_loop(unfinished, to_next, stand)
 
-    def _interpolants(self, segment: Segment) -> Interpolant:
-        """Those of the segment's steps; what stands behind the last of them means nothing."""
-        (problem, integrator), length = self.way[:2], jax.tree.leaves(segment.kept)[0].shape[0]
 
-        def interpolant(step: tuple[Scalar, Scalar, Arrays]) -> Interpolant:
-            start, end, state = step
-            taken = integrator.solver.step(problem, self.way.interval(start, end), state, None)
-            return integrator.solver.interpolant(integrator.solver.with_dense_stages(problem, taken))
+def _interpolants(way: Way, trail: AbstractTrail, segment: Segment) -> Interpolant:
+    """Those of the segment's steps; what stands behind the last of them means nothing."""
+    (problem, integrator), length = way[:2], jax.tree.leaves(segment.kept)[0].shape[0]
 
-        def add_chunk(index: Array, interpolants: Interpolant) -> Interpolant:
-            first, chunk = index * self.trail.chunk, self.trail.chunk
-            starts = tree.take_block(self.trail.times, segment.begin + first, chunk)
-            ends = tree.take_block(self.trail.times, segment.begin + first + 1, chunk)
-            block = jax.vmap(interpolant)((starts, ends, tree.take_block(segment.kept, first, chunk)))
-            return tree.put_block(interpolants, first, block)
+    def interpolant(step: tuple[Scalar, Scalar, Arrays]) -> Interpolant:
+        start, end, state = step
+        taken = integrator.solver.step(problem, way.interval(start, end), state, None)
+        return integrator.solver.interpolant(integrator.solver.with_dense_stages(problem, taken))
 
-        one = jax.eval_shape(interpolant, (problem.t0, problem.t0, integrator.solver.start(problem)))
-        chunks = (segment.steps + self.trail.chunk - 1) // self.trail.chunk
-        return jax.lax.fori_loop(0, chunks, add_chunk, tree.buffer(length, one))
+    def add_chunk(index: Array, interpolants: Interpolant) -> Interpolant:
+        first, chunk = index * trail.chunk, trail.chunk
+        starts = tree.take_block(trail.times, segment.begin + first, chunk)
+        ends = tree.take_block(trail.times, segment.begin + first + 1, chunk)
+        block = jax.vmap(interpolant)((starts, ends, tree.take_block(segment.kept, first, chunk)))
+        return tree.put_block(interpolants, first, block)
+
+    one = jax.eval_shape(interpolant, (problem.t0, problem.t0, integrator.solver.start(problem)))
+    chunks = (segment.steps + trail.chunk - 1) // trail.chunk
+    return jax.lax.fori_loop(0, chunks, add_chunk, tree.buffer(length, one))
 
 
 class _Along(AbstractReverseSystem):

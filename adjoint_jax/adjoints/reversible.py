@@ -13,6 +13,7 @@ from adjoint_jax import tree
 from adjoint_jax.adjoints.adjoint import Inputs, relative_distance
 from adjoint_jax.adjoints.exact import AbstractExactAdjoint
 from adjoint_jax.adjoints.keep import AbstractKeep, KeepStates
+from adjoint_jax.adjoints.memory import Kept, Memory
 from adjoint_jax.adjoints.trail import AbstractTrail, Carry, Segment, Walked, Way
 from adjoint_jax.controllers.controller import positive
 from adjoint_jax.integrate import Integrator, chunk_length
@@ -52,12 +53,12 @@ class ReversibleAdjoint(AbstractExactAdjoint):
             return jnp.asarray(jnp.finfo(state_precision(problem.y0)).eps ** (1 / 3), problem.t0.dtype)
         return self.max_drift
 
-    def recorder(self, integrator: Integrator, inputs: Inputs) -> "TimesRecorder":
+    def recorders(self, integrator: Integrator, inputs: Inputs) -> list[AbstractRecorder]:
         del inputs
         if not isinstance(integrator.solver, AbstractReversibleSolver):
             name = type(integrator.solver).__name__
             raise TypeError(f"ReversibleAdjoint needs a reversible solver, such as Reversible({name}()), got {name}().")
-        return TimesRecorder()
+        return [TimesRecorder()]
 
 
 class Times(AbstractTrail):
@@ -70,6 +71,10 @@ class Times(AbstractTrail):
     @property
     def chunk(self) -> int:
         return self.length
+
+    def memory(self, way: Way) -> Memory:
+        states = Kept.rows("states of steps undone", tree.buffer(self.length, way.last))
+        return Memory.of(states, Kept.rows("times", self.times))
 
     def walk_back(self, way: Way, visit: Callable[[Segment, Carry], Carry], carry: Carry) -> Walked:
         count, chunk = max_lane(way.report.slots), self.length

@@ -3,15 +3,7 @@
 Times are recorded for all steps. What is needed to transpose a step (its state, or more) is kept for the steps of one
 segment, and states at checkpoints: the starts of some segments. The steps behind a checkpoint are taken again, on the
 recorded grid, when their turn comes.
-
-Where there are fewer checkpoints than segments, they are first spread evenly: when there is no room for another one, every
-second is dropped. On the way back, those that have become free divide the stretch behind the last one so that no segment is
-stepped through more often than it must: with c free checkpoints, r repetitions suffice for
-
-    beta(c, r) = (c + r)! / (c! r!) = beta(c, r - 1) + beta(c - 1, r)
-
-segments, the first term before a new checkpoint and the second behind it. A. Griewank and A. Walther, "Algorithm 799:
-Revolve", ACM Transactions on Mathematical Software 26 (2000).
+Where there are fewer checkpoints than segments, `revolve` tells where they stand.
 """
 
 import dataclasses
@@ -28,6 +20,8 @@ from jaxtyping import Array, Bool, Float, Int
 from adjoint_jax import tree
 from adjoint_jax.adjoints.adjoint import Inputs
 from adjoint_jax.adjoints.keep import AbstractKeep, bytes_kept, shapes_kept
+from adjoint_jax.adjoints.memory import Kept, Memory
+from adjoint_jax.adjoints.revolve import division, repetitions, reversible_segments
 from adjoint_jax.adjoints.trail import AbstractTrail, Carry, Segment, Walked, Way
 from adjoint_jax.integrate import Integrator, chunk_length, round_up
 from adjoint_jax.lanes import max_lane
@@ -56,6 +50,12 @@ class Tape(AbstractTrail):
     @property
     def chunk(self) -> int:
         return self.layout.chunk
+
+    def memory(self, way: Way) -> Memory:
+        del way
+        kept = Kept.rows(self.keep.what, self.recent), Kept.rows("checkpoints", self.checkpoints)
+        again = repetitions(self.layout.checkpoints, self.layout.segments)
+        return Memory((*kept, Kept.rows("times", self.times)), self.layout.segment, self.layout.segments, again)
 
     def walk_back(self, way: Way, visit: Callable[[Segment, Carry], Carry], carry: Carry) -> Walked:
         count, segment = max_lane(way.report.slots), self.layout.segment
@@ -86,16 +86,14 @@ class Tape(AbstractTrail):
     def _divide(self, way: Way, stack: "_Stack", left: Int[Array, ""]) -> "_Stack":
         """Set free checkpoints between the last one and the segment whose turn it is."""
         capacity = self.layout.checkpoints
-        reversible = jnp.asarray(_reversible_segments(capacity, self.layout.segments))
+        reversible = jnp.asarray(reversible_segments(capacity, self.layout.segments))
 
         def has_room(stack: _Stack) -> Bool[Array, ""]:
             return (tree.take(stack.at, stack.top) < left - 1) & (stack.top < capacity - 1)
 
         def push(stack: _Stack) -> _Stack:
             start, free = tree.take(stack.at, stack.top), capacity - 1 - stack.top
-            stretch = left - start
-            repetitions = jnp.argmax(reversible[free] >= stretch)
-            split = start + jnp.maximum(1, stretch - reversible[free - 1, repetitions])
+            split = start + division(reversible, free, left - start)
             state = self._advance(way, tree.take(stack.states, stack.top), start, split)
             top = stack.top + 1
             return _Stack(top, tree.put(stack.at, top, split), tree.put(stack.states, top, state))
@@ -147,12 +145,6 @@ class _Going(NamedTuple):
     stack: _Stack
     kept: Any
     carry: Any
-
-
-def _reversible_segments(checkpoints: int, segments: int) -> np.ndarray:
-    """beta(c, r) for c free checkpoints and r repetitions, cut off at the number of segments."""
-    counts = [[min(math.comb(c + r, c), segments) for r in range(segments)] for c in range(checkpoints)]
-    return np.array(counts, np.int32)
 
 
 class TapeLayout(NamedTuple):
@@ -251,8 +243,7 @@ def tape_recorder(
     """The recorder with a segment length and a number of checkpoints that suit the sizes known at trace time. `whole`:
     whether all steps of a given grid may be one segment."""
     (problem, requests), solver = inputs, integrator.solver
-    interpolated = bool(requests.rows) or requests.dense
-    kept_bytes = max(1, bytes_kept(keep, problem, solver, interpolated=interpolated))
+    kept_bytes = max(1, bytes_kept(keep, problem, solver, interpolated=requests.interpolated))
     slots, is_grid = integrator.slots(problem), integrator.grid_steps(problem) is not None
     length = root = math.isqrt(slots)
     if not is_grid:
@@ -262,4 +253,4 @@ def tape_recorder(
     if checkpoints is not None:
         length = min(length, math.ceil(slots / checkpoints))
     length = max(1, min(slots, keep.segment(length, kept_bytes)))
-    return TapeRecorder(problem, solver, keep, length, checkpoints or max(1, 2 * root), slots, interpolated)
+    return TapeRecorder(problem, solver, keep, length, checkpoints or max(1, 2 * root), slots, requests.interpolated)

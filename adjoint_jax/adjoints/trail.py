@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from adjoint_jax import tree
 from adjoint_jax.adjoints.keep import AbstractKeep
+from adjoint_jax.adjoints.memory import Memory
 from adjoint_jax.integrate import Integrator, Report
 from adjoint_jax.problem import Interval, Problem
 from adjoint_jax.tree import Arrays, Scalar
@@ -76,6 +77,10 @@ class AbstractTrail(eqx.Module):
     def interval(self, way: Way, slot: Int[Array, ""]) -> Interval:
         """The step of a slot."""
         return way.interval(tree.take(self.times, slot), tree.take(self.times, slot + 1))
+
+    @abc.abstractmethod
+    def memory(self, way: Way) -> Memory:
+        """What is kept, from its shapes."""
 
     @abc.abstractmethod
     def walk_back(self, way: Way, visit: Callable[[Segment, Carry], Carry], carry: Carry) -> Walked:

@@ -5,6 +5,7 @@ from adjoint_jax.diagnostics.comparison_report import AdjointComparison, Adjoint
 from adjoint_jax.diagnostics.counting import Counts
 from adjoint_jax.diagnostics.gradient_check import check_gradients, gradient_report
 from adjoint_jax.diagnostics.gradient_report import Comparison, GradientError, GradientReport, Verdict
+from adjoint_jax.diagnostics.memory_plan import MemoryPlan, memory_plan
 from adjoint_jax.diagnostics.reconstruction import Reconstruction, reconstruction_error
 
 __all__ = [
@@ -16,11 +17,13 @@ __all__ = [
     "GradientReport",
     "LeafError",
     "Measurement",
+    "MemoryPlan",
     "Reconstruction",
     "Reference",
     "Verdict",
     "check_gradients",
     "compare_adjoints",
     "gradient_report",
+    "memory_plan",
     "reconstruction_error",
 ]

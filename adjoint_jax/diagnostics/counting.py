@@ -14,14 +14,13 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, DTypeLike, PyTree
+from jaxtyping import Array, DTypeLike, PyTree
 
 from adjoint_jax import tree
-from adjoint_jax.adjoints.adjoint import AbstractAdjoint, Saved
+from adjoint_jax.adjoints.adjoint import AbstractAdjoint, Inputs, Run, Saved
 from adjoint_jax.adjoints.forward_mode import ForwardMode
-from adjoint_jax.integrate import Integrator, Report
-from adjoint_jax.problem import Problem, VectorField
-from adjoint_jax.saveat import Requests
+from adjoint_jax.integrate import Report
+from adjoint_jax.problem import VectorField
 from adjoint_jax.tree import Arrays, Scalar
 
 
@@ -75,14 +74,12 @@ class CountingAdjoint(AbstractAdjoint):
     def prepare(self, dtype: DTypeLike) -> "CountingAdjoint":
         return CountingAdjoint(self.adjoint.prepare(dtype), self.tally)
 
-    def solve(
-        self, integrator: Integrator, problem: Problem, requests: Requests, valid: Bool[Array, ""], *, throw: bool
-    ) -> tuple[Saved, Report]:
-        del throw
+    def solve(self, inputs: Inputs, run: Run) -> tuple[Saved, Report]:
+        problem = inputs.problem
         mark = _pushed_forward if isinstance(self.adjoint, ForwardMode) else _pulled_back
         field = _CountedField(problem.vector_field, self.tally, mark)
         problem = eqx.tree_at(lambda p: p.vector_field, problem, field, is_leaf=lambda x: x is problem.vector_field)
-        return self.adjoint.solve(integrator, problem, requests, valid, throw=True)
+        return self.adjoint.solve(Inputs(problem, inputs.requests), run._replace(throw=True))
 
 
 Mark = Callable[[Counter, Scalar, Arrays], Arrays]

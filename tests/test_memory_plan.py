@@ -1,0 +1,146 @@
+"""What `memory_plan` says before anything is computed, against what is compiled and what is executed."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from problems import jit
+
+import adjoint_jax as aj
+from adjoint_jax.diagnostics import memory_plan
+from adjoint_jax.diagnostics.counting import CountingAdjoint, Tally
+
+SIZE, STEPS = 1024, 400
+STATE = 4 * SIZE  # bytes
+GRID = {"solver": aj.RK4(), "controller": aj.FixedSteps(STEPS)}
+Y0, RATE = jax.ShapeDtypeStruct((SIZE,), jnp.float32), jax.ShapeDtypeStruct((), jnp.float32)
+
+
+def field(t, y, rate):
+    return jnp.sin(rate * y) - 0.1 * jnp.roll(y, 1)
+
+
+def plan(adjoint, **options):
+    return memory_plan(field, 0.0, 1.0, Y0, RATE, adjoint=adjoint, **{**GRID, **options})
+
+
+def kept(plan):
+    return {one.what: (one.number, one.each) for one in plan.memory.kept}
+
+
+def test_all_steps_of_a_given_grid():
+    of_all = plan(aj.DiscreteAdjoint())
+    assert kept(of_all) == {"states": (STEPS, STATE), "checkpoints": (1, STATE), "times": (STEPS + 2, 8)}
+    assert (of_all.steps, of_all.memory.segment, of_all.memory.segments) == (STEPS, STEPS, 1)
+    assert of_all.memory.repetitions == (0.0, 0)
+    assert of_all.bytes == (STEPS + 1) * STATE + 8 * (STEPS + 2)
+    assert str(of_all) == (
+        "DiscreteAdjoint, at most 400 steps: all of them are kept.\n"
+        "  states       400 of 4 KiB  1.56 MiB\n"
+        "  checkpoints    1 of 4 KiB  4 KiB\n"
+        "  times          402 of 8 B  3.14 KiB\n"
+        "  in all                     1.57 MiB\n"
+        "No step is taken again."
+    )
+
+
+def test_segments_and_checkpoints():
+    few = plan(aj.DiscreteAdjoint(checkpoints=3))
+    assert kept(few)["states"] == (20, STATE)
+    assert kept(few)["checkpoints"] == (3, STATE)
+    assert (few.memory.segment, few.memory.segments) == (20, 20)
+    assert "one segment of 20 is kept at a time, of at most 20." in str(few)
+    assert "no step more than" in str(few)
+    assert kept(plan(aj.DiscreteAdjoint(keep=aj.KeepStages(bytes=20 * STATE))))["stages"] == (4, 5 * STATE)
+
+
+@pytest.mark.parametrize("adjoint", [aj.InterpolatingAdjoint(), aj.GaussAdjoint()])
+def test_interpolants_of_a_segment(adjoint):
+    continuous = kept(plan(adjoint))
+    assert continuous["checkpoints"] == (20, STATE)
+    assert continuous["interpolants"] == (20, 2 * 8 + 4 * STATE)
+
+
+def test_adjoints_that_keep_no_steps():
+    assert plan(aj.BacksolveAdjoint()).bytes == plan(aj.ForwardMode()).bytes == 0
+    assert "nothing is kept" in str(plan(aj.BacksolveAdjoint()))
+    assert kept(plan(aj.BacksolveAdjoint(checkpoints=5))) == {"checkpoints": (5, STATE)}
+    undone = kept(plan(aj.ReversibleAdjoint(), solver=aj.Reversible(aj.RK4())))
+    assert undone == {"states of steps undone": (1, 2 * STATE), "times": (STEPS + 2, 8)}
+
+
+def test_adaptive_steps_reserve_what_max_steps_may_need():
+    adaptive = plan(aj.DiscreteAdjoint(), controller=aj.PIDController(), solver=aj.Tsit5(), max_steps=1024)
+    assert (adaptive.steps, adaptive.memory.segment, adaptive.memory.segments) == (1024, 32, 32)
+    assert adaptive.memory.repetitions.most == 1
+
+
+def wide(t, y, weights):
+    return jnp.tanh(y @ weights)
+
+
+def test_linearisations_are_chosen_where_evaluations_are_bound_by_parameters():
+    """One point and a layer of 256; not for 64 points, nor where steps, or states, are the larger part."""
+
+    def chosen(points=1, **options):
+        y0, weights = (jax.ShapeDtypeStruct((n, 256), jnp.float32) for n in (points, 256))
+        return memory_plan(wide, 0.0, 1.0, y0, weights, **{**GRID, **options}).memory.kept[0].what
+
+    assert chosen() == "linearisations"
+    assert chosen(points=64) == "states"
+    assert chosen(controller=aj.FixedSteps(4000)) == "states"
+    assert chosen(controller=aj.PIDController(), solver=aj.Tsit5()) == "states"
+    assert chosen(solver=aj.Reversible(aj.RK4())) == "states"
+    assert chosen(adjoint=aj.DiscreteAdjoint(checkpoints=3)) == "states"
+    assert chosen(adjoint=aj.DiscreteAdjoint(keep=aj.KeepStates())) == "states"
+    assert plan(aj.DiscreteAdjoint()).memory.kept[0].what == "states"
+
+
+PLANNED = {
+    "all states": (aj.DiscreteAdjoint(), aj.RK4()),
+    "stages": (aj.DiscreteAdjoint(keep=aj.KeepStages()), aj.RK4()),
+    "linearisations": (aj.DiscreteAdjoint(keep=aj.KeepLinearisations()), aj.RK4()),
+    "checkpoints": (aj.DiscreteAdjoint(checkpoints=8), aj.RK4()),
+    "interpolating": (aj.InterpolatingAdjoint(), aj.RK4()),
+    "reversible": (aj.ReversibleAdjoint(), aj.Reversible(aj.RK4())),
+}
+WORK = 40 * STATE  # of a step, its transpose or its vjps
+
+
+@pytest.mark.parametrize("name", PLANNED)
+def test_the_compiled_gradient_takes_what_is_planned(name):
+    adjoint, solver = PLANNED[name]
+
+    def loss(y0, rate):
+        options = {**GRID, "adjoint": adjoint, "solver": solver, "throw": False}
+        return jnp.sum(aj.solve(field, 0.0, 1.0, y0, rate, **options).ys)
+
+    planned = plan(adjoint, solver=solver).bytes
+    taken = jax.jit(jax.grad(loss, (0, 1))).lower(Y0, RATE).compile().memory_analysis().temp_size_in_bytes
+    assert planned / 2 <= taken <= 2 * planned + WORK
+
+
+@pytest.mark.parametrize("checkpoints", [1, 3])
+def test_steps_are_taken_again_as_often_as_planned(checkpoints):
+    """Counted as they are executed: the evaluations that there are not if all steps are kept."""
+    options = {"solver": aj.RK4(), "controller": aj.FixedSteps(64)}
+
+    def evaluations(adjoint):
+        tally = Tally()
+
+        def loss(y0):
+            counting = CountingAdjoint(adjoint, tally)
+            return jnp.sum(aj.solve(field, 0.0, 1.0, y0, 0.8, adjoint=counting, **options).ys)
+
+        jax.block_until_ready(jit(jax.grad(loss))(jnp.ones(3)))
+        return tally.counts.evaluations
+
+    adjoint = aj.DiscreteAdjoint(checkpoints=checkpoints)
+    planned = memory_plan(field, 0.0, 1.0, jnp.ones(3), 0.8, adjoint=adjoint, **options).memory.repetitions
+    again = (evaluations(adjoint) - evaluations(aj.DiscreteAdjoint())) / (4 * 64)
+    assert again == pytest.approx(planned.mean)
+    assert planned.most == {1: 8, 3: 4}[checkpoints]
+
+
+def test_wrong_adjoints():
+    with pytest.raises(TypeError, match="must be an adjoint such as"):
+        plan("discrete")
