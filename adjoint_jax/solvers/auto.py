@@ -41,7 +41,7 @@ class AutoSolver(AbstractSolver):
     The largest rate of the field is estimated by one product with its Jacobian a step, a power iteration along the
     solution. When for some ten steps the step size times this rate has been near the limit of Tsit5's stability, Rodas5P
     takes over; when it has been far below, Tsit5 does again. Compare E. Hairer and G. Wanner, "Solving Ordinary
-    Differential Equations II", section IV.2. Under `vmap` each lane has its own method; one that no lane uses costs nothing.
+    Differential Equations II", section IV.2. Under `vmap` each lane has its own method; unused ones cost nothing.
 
     `DiscreteAdjoint` transposes each step by the method that took it.
 

@@ -4,6 +4,7 @@ import abc
 from typing import NamedTuple
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
@@ -46,6 +47,14 @@ def _larger(a: Array, b: Array) -> Array:
 
 def _reversed(interval: Interval) -> Interval:
     return Interval(interval.end, interval.start, interval.last, interval.first)
+
+
+class _Half(NamedTuple):
+    """Half a step: the increment of `base` over an interval, times a sign, is added to a target."""
+
+    interval: Interval
+    target: Arrays
+    sign: Array
 
 
 class Reversible(AbstractReversibleSolver):
@@ -91,8 +100,7 @@ class Reversible(AbstractReversibleSolver):
         return self.base.extra_stages
 
     def evaluations(self, *, estimated: bool, interpolated: bool) -> int:
-        forward = self.base.stages_needed(estimated=estimated, interpolated=interpolated)
-        return len(forward) + len(self.base.stages_needed(estimated=False, interpolated=False))
+        return 2 * len(self.base.stages_needed(estimated=estimated, interpolated=interpolated))
 
     def start(self, problem: Problem) -> Pair:
         return Pair(problem.y0, problem.y0)
@@ -103,20 +111,34 @@ class Reversible(AbstractReversibleSolver):
     def step(self, problem: Problem, interval: Interval, state: Pair, first: Arrays | None) -> Step:
         del first
         (y, z), c = state, self.coupling
-        forward = self.base.step(problem, interval, z, None)
-        y1 = tree.add(tree.scale(c, y), tree.scale(1 - c, z), _difference(forward.after, z))
-        backward = self.base.step(problem, _reversed(interval), y1, None)
-        z1 = _difference(z, _difference(backward.after, y1))
-        error = None if forward.error is None else tree.map(_larger, forward.error, _parting(y, z, y1, z1))
-        return forward._replace(before=state, after=Pair(y1, z1), error=error)
+        towards_y1 = _Half(interval, tree.add(tree.scale(c, y), tree.scale(1 - c, z)), jnp.array(1.0))
+        towards_z1 = _Half(_reversed(interval), z, jnp.array(-1.0))
+        after, forward = self._two_halves(problem, z, towards_y1, towards_z1)
+        error = None if forward.error is None else tree.map(_larger, forward.error, _parting(y, z, *after))
+        return forward._replace(interval=interval, before=state, after=Pair(*after), error=error)
 
     def inverse(self, problem: Problem, interval: Interval, state: Pair) -> Pair:
         (y1, z1), c = state, self.coupling
-        backward = self.base.step(problem, _reversed(interval), y1, None)
-        z = tree.add(z1, _difference(backward.after, y1))
-        forward = self.base.step(problem, interval, z, None)
-        y = tree.map(lambda a, b, increment: (a - (1 - c) * b - increment) / c, y1, z, _difference(forward.after, z))
-        return Pair(y, z)
+        towards_z = _Half(_reversed(interval), z1, jnp.array(1.0))
+        towards_y = _Half(interval, y1, jnp.array(-1.0))
+        (z, of_y), _ = self._two_halves(problem, y1, towards_z, towards_y)
+        return Pair(tree.map(lambda a, b: (a - (1 - c) * b) / c, of_y, z), z)
+
+    def _two_halves(
+        self, problem: Problem, x: Arrays, first: "_Half", second: "_Half"
+    ) -> tuple[tuple[Arrays, Arrays], Step]:
+        """The results of two halves of a step, of which the second starts where the first has arrived; and the step of
+        `base` in the first.
+
+        In a loop: written out, XLA's fusion would compute stages of the first again inside the second."""
+
+        def take(x: Arrays, half: _Half) -> tuple[Arrays, tuple[Arrays, Step]]:
+            step = self.base.step(problem, half.interval, x, None)
+            moved = tree.add(half.target, tree.scale(half.sign, _difference(step.after, x)))
+            return moved, (moved, step)
+
+        results, steps = jax.lax.scan(take, x, tree.stack([first, second]))[1]
+        return tuple(tree.map(lambda leaf, i=i: leaf[i], results) for i in (0, 1)), tree.map(lambda leaf: leaf[0], steps)
 
     def blank_step(self, t: Scalar, state: Pair) -> Step:
         return self.base.blank_step(t, state.z)._replace(before=state, after=state)
