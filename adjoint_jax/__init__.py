@@ -18,6 +18,7 @@ from adjoint_jax.saveat import SaveAt
 from adjoint_jax.solution import Solution, SolveError, Stats, Status
 from adjoint_jax.solve import odeint, solve
 from adjoint_jax.solvers.auto import AutoSolver
+from adjoint_jax.solvers.bdf import BDF
 from adjoint_jax.solvers.esdirk_methods import KenCarp4, Kvaerno3, Kvaerno5
 from adjoint_jax.solvers.explicit_runge_kutta import ExplicitRungeKutta
 from adjoint_jax.solvers.high_order import Dopri8, Vern7
@@ -31,6 +32,7 @@ from adjoint_jax.solvers.tableau import ButcherTableau
 from adjoint_jax.tolerance import rms_norm
 
 __all__ = [
+    "BDF",
     "ESDIRK",
     "RK4",
     "AsynchronousLeapfrog",

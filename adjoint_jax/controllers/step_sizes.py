@@ -65,6 +65,7 @@ class PIDController(AbstractStepSize):
         safety * r_n^(-(P + I + D) / k) * r_{n-1}^((P + 2 D) / k) * r_{n-2}^(-D / k),
 
     clipped to [factor_min, factor_max] (Söderlind, "Digital filters in adaptive time-stepping", ACM TOMS 29 (2003)).
+    A method of variable order chooses the factor itself, together with its order (`BDF`); it is clipped likewise.
     The first step size is chosen as in Hairer, Nørsett and Wanner, "Solving Ordinary Differential Equations I", II.4,
     unless `solve` is given `dt0`.
 
@@ -166,7 +167,8 @@ class PIDController(AbstractStepSize):
         blown = tree.map(lambda e, y: jnp.where(jnp.isfinite(y), jnp.abs(e), jnp.inf), error, y1)
         ratio = self.tolerance.ratio(blown, y0, y1).astype(size.dtype)
         accepted, finite = ratio <= 1.0, jnp.isfinite(ratio)
-        factor = jnp.where(finite, self._factor(ratio, memory, solver.error_order + 1), self.factor_min)
+        factor = self._factor(ratio, memory, solver.error_order + 1) if step.factor is None else step.factor
+        factor = jnp.where(finite, jnp.clip(factor, self.factor_min, self.factor_max), self.factor_min)
         factor = jnp.minimum(factor, jnp.where(accepted & ~memory.rejected, self.factor_max, 1.0))
         adapted = self._bounded(jnp.abs(size) * factor)
         # A step cut short to end at a given time says little about the size that it was cut from. The margin is for
@@ -182,8 +184,7 @@ class PIDController(AbstractStepSize):
         p, i, d = self.pcoeff, self.icoeff, self.dcoeff
         least = jnp.finfo(ratio.dtype).tiny ** 0.25
         now, last, before = (jnp.maximum(r, least) for r in (ratio, memory.last, memory.before))
-        factor = self.safety * now ** (-(p + i + d) / k) * last ** ((p + 2 * d) / k) * before ** (-d / k)
-        return jnp.clip(factor, self.factor_min, self.factor_max)
+        return self.safety * now ** (-(p + i + d) / k) * last ** ((p + 2 * d) / k) * before ** (-d / k)
 
     def smallest(self, t: Scalar) -> Scalar:
         return _resolution(t) if self.dtmin is None else jnp.maximum(_resolution(t), self.dtmin)

@@ -31,6 +31,8 @@ class Step(NamedTuple):
     stages: tuple[Arrays, ...]
     error: Arrays | None
     iterations: Int[Array, ""] | None = None
+    factor: Scalar | None = None
+    """By what a method of variable order wants the step size to change, in place of the controller's own choice."""
 
 
 class StepOutputs(NamedTuple):
