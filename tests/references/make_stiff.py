@@ -105,6 +105,11 @@ class Dual(NamedTuple):
     __rmul__ = __mul__
 
 
+def sizes_of_inputs(problem: stiff_problems.StiffProblem) -> np.ndarray:
+    """The units of args and y0."""
+    return np.concatenate([np.abs(problem.args), np.maximum(np.abs(problem.y0), problem.scale)])
+
+
 def dual(x: Any) -> Dual:
     return x if isinstance(x, Dual) else Dual(x, 0.0)
 
@@ -252,9 +257,9 @@ class Collocation:
         return np.concatenate([np.zeros((n, problem.args.size)), s], axis=1)
 
     def floor(self, sizes: np.ndarray, stages: np.ndarray) -> np.ndarray:
-        """Sizes of sensitivities that do not matter, as other components depend much more on the same input."""
+        """Sizes of derivatives that do not matter, beside those of other components or of other inputs, in their units."""
         relative = (np.abs(stages) / sizes[:, None]).max(axis=(0, 1))
-        return 1e-3 * (sizes[:, None] * relative).ravel() + 1e-300
+        return (sizes[:, None] * (1e-3 * relative + 1e-6 / sizes_of_inputs(self.problem))).ravel()
 
     def tail(self, z: np.ndarray, y: np.ndarray, floor: Any) -> float:
         """The highest Legendre coefficient of the collocation polynomial, beside the size of the component."""
@@ -392,7 +397,7 @@ def make(name: str) -> dict[str, Any]:
     solved = Collocation(problem, TOLERANCE)
     best = solved.solve(ts)
     everything = np.eye(p + n)
-    sizes = np.concatenate([problem.args, np.maximum(np.abs(problem.y0), problem.scale)])
+    sizes = sizes_of_inputs(problem)
     few = np.random.default_rng(0).normal(size=(p + n, 4)) * sizes[:, None]
     directions = everything if n <= 64 else np.concatenate([everything[:, :p], few], axis=1)
     others: dict[str, Callable[[], tuple[Flow | None, np.ndarray]]] = {
