@@ -3,8 +3,8 @@
     pip install casadi diffsol-jax diffrax scipy
     python -m benchmarks.stiff_peers --output rows.json [--problems hires pollu] [--libraries diffrax] [--lanes no]
 
-Every row has library, setting, problem, rtol, quantity, seconds (the median of repeated calls), fastest, error,
-compile_seconds.
+Every row has library, setting, problem, rtol, quantity, seconds (the median of repeated calls), fastest (the
+least), cpu_seconds (the median of what the processors spent: steady on a busy machine), error and compile_seconds.
 Quantities: `forward` is y(t1); `gradient` is the derivative of a weighted sum of y(t1) with respect to the parameters, by
 reverse mode; `forward_mode` the same by forward sensitivities; with `lanes_` before it, of 1,024 random sets of parameters
 in one call. All libraries get the same rtol and the same scalar atol, rtol times the problem's `scale`. That does not make
@@ -242,16 +242,18 @@ def offers(lanes: bool) -> Iterator[Offer]:
 
 
 def seconds_of(timed: Timed, args: np.ndarray) -> dict[str, float]:
-    """Median and least of at least `REPEATS` calls and `SECONDS`, or of one call where that is long, after a first one."""
+    """Of at least `REPEATS` calls and `SECONDS`, or of one call where that is long, after a first one."""
     begin = time.perf_counter()
     timed.call(args)
     first = time.perf_counter() - begin
-    seconds: list[float] = []
-    while len(seconds) < (1 if first > 10 * SECONDS else REPEATS) or (sum(seconds) < SECONDS and len(seconds) < 1000):
-        begin = time.perf_counter()
+    wall: list[float] = []
+    processor: list[float] = []
+    while len(wall) < (1 if first > 10 * SECONDS else REPEATS) or (sum(wall) < SECONDS and len(wall) < 1000):
+        begin, used = time.perf_counter(), time.process_time()
         timed.call(args)
-        seconds.append(time.perf_counter() - begin)
-    return {"seconds": statistics.median(seconds), "fastest": min(seconds)}
+        wall.append(time.perf_counter() - begin)
+        processor.append(time.process_time() - used)
+    return {"seconds": statistics.median(wall), "fastest": min(wall), "cpu_seconds": statistics.median(processor)}
 
 
 def error_of(case: Case, quantity: str, got: np.ndarray, ys: np.ndarray, gradient: np.ndarray, args: np.ndarray) -> float:
