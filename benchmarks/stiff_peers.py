@@ -200,6 +200,8 @@ def diffsol_call(method: str, quantity: str, case: Case) -> Timed:
     from diffsol_jax import ODEProblem
 
     problem = case.problem
+    if quantity == "forward_mode" and problem.y0.size * (problem.args.size + 1) > 200:
+        raise ValueError("the bindings write out one system of all sensitivities, which takes too long to compile")
     wrapped = ODEProblem(lambda t, y, p: tuple(problem.rows(t, y, p)), jnp.asarray(problem.y0), jnp.asarray(problem.args))
 
     def solve(args: jax.Array) -> jax.Array:

@@ -70,7 +70,7 @@ def test_losses_are_consistent(name):
         assert loss.value == pytest.approx(np.sum(loss.weights * rows), rel=1e-14)
         assert loss.args.shape == problem.args.shape
         assert loss.y0.shape == problem.y0.shape
-        assert loss.digits >= 8
+        assert loss.digits >= (7 if name == "van_der_pol_100000" else 10)
 
 
 @pytest.mark.parametrize("name", ["robertson_40", "hires"])
