@@ -142,7 +142,7 @@ STRUCTURES = {
 @functools.cache
 def reaction_and_diffusion(structure):
     def end(rates, y0):
-        options = {"solver": aj.Rosenbrock23(jacobian=STRUCTURES[structure]), "controller": aj.PIDController(1e-4, 1e-6)}
+        options = {"solver": aj.Rosenbrock23(STRUCTURES[structure]), "controller": aj.PIDController(1e-4, 1e-6)}
         solution = aj.solve(brusselator, 0.0, 2.0, y0, rates, **options)
         return jnp.dot(solution.ys[0], jnp.cos(jnp.arange(2.0 * NODES))), solution.stats.accepted
 

@@ -71,6 +71,7 @@ class Kvaerno5(ESDIRK):
 
     tableau: ESDIRKTableau = eqx.field(
         static=True,
+        kw_only=True,
         default=ESDIRKTableau(
             name="Kvaerno5",
             order=5,
@@ -122,6 +123,7 @@ class KenCarp4(ESDIRK):
 
     tableau: ESDIRKTableau = eqx.field(
         static=True,
+        kw_only=True,
         default=ESDIRKTableau(
             name="KenCarp4",
             order=4,

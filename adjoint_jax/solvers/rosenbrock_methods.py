@@ -29,6 +29,7 @@ class Rosenbrock23(Rosenbrock):
 
     tableau: RosenbrockTableau = eqx.field(
         static=True,
+        kw_only=True,
         default=RosenbrockTableau(
             name="Rosenbrock23",
             order=2,
@@ -57,6 +58,7 @@ class Rodas4(Rosenbrock):
 
     tableau: RosenbrockTableau = eqx.field(
         static=True,
+        kw_only=True,
         default=RosenbrockTableau(
             name="Rodas4",
             order=4,
@@ -113,6 +115,7 @@ class Rodas5P(Rosenbrock):
 
     tableau: RosenbrockTableau = eqx.field(
         static=True,
+        kw_only=True,
         default=RosenbrockTableau(
             name="Rodas5P",
             order=5,
