@@ -47,7 +47,7 @@ class Kvaerno3(ESDIRK):
     (2004).
     """
 
-    tableau: ESDIRKTableau = eqx.field(static=True, default=_kvaerno3())
+    tableau: ESDIRKTableau = eqx.field(static=True, kw_only=True, default=_kvaerno3())
 
 
 _KVAERNO5_EMBEDDED = (0.13855640231268224, 0.0, -0.04245337201752043, 0.02446657898003141, 0.61943039072480676)
