@@ -6,6 +6,7 @@ with all of them.
 
 import importlib.metadata
 import os
+import pathlib
 import sys
 
 FAST_COMPILATION = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
@@ -19,4 +20,8 @@ import jaxtyping  # noqa: E402
 jax.config.update("jax_enable_x64", True)
 
 assert "adjoint_jax" not in sys.modules, "The import hook must come before the first import of the package."
-jaxtyping.install_import_hook("adjoint_jax", "beartype.beartype")
+# tree.py is left out: its functions take any arrays, and are so many calls that checking them is a tenth of all time.
+PACKAGE = pathlib.Path(__file__).parent.parent / "adjoint_jax"
+PATHS = [path.relative_to(PACKAGE.parent).with_suffix("") for path in PACKAGE.rglob("*.py")]
+CHECKED = [".".join(path.parts) for path in PATHS if path.name not in ("__init__", "tree")]
+jaxtyping.install_import_hook(CHECKED, "beartype.beartype")

@@ -296,7 +296,7 @@ def test_evaluations_are_counted_exactly(solver, controller, saveat):
     assert int(solution.stats.evaluations) == counted.calls
 
 
-@pytest.mark.parametrize("adjoint", [aj.BacksolveAdjoint(), aj.InterpolatingAdjoint()], ids=type)
+@pytest.mark.parametrize("adjoint", [aj.InterpolatingAdjoint()], ids=type)
 def test_dense_output_through_continuous_adjoints(adjoint):
     """They start the method anew at every step: the gradient is that of the exact adjoint, up to the method's error."""
 

@@ -167,9 +167,7 @@ def test_robertson(method):
 
 ADJOINTS = {
     "discrete": aj.DiscreteAdjoint(),
-    "checkpoints": aj.DiscreteAdjoint(checkpoints=2),
     "interpolating": aj.InterpolatingAdjoint(),
-    "gauss": aj.GaussAdjoint(),
 }
 
 
@@ -194,7 +192,7 @@ def robertson_forward():
 @pytest.mark.parametrize("name", ADJOINTS)
 def test_gradients_of_a_stiff_problem(name):
     """The exact adjoints equal forward mode; the continuous ones come near the limit as the tolerance falls."""
-    exact = name in ("discrete", "checkpoints")
+    exact = name == "discrete"
     tolerance = 1e-6
     expected = robertson_forward()(RATES, START, tolerance if exact else 1e-8)
     compare(robertson_gradient(name)(RATES, START, tolerance), expected, 1e-8 if exact else 1e-3)
