@@ -237,7 +237,7 @@ def in_lanes(loss):
 true_lanes = functools.cache(lambda: in_lanes(true_lane_loss))
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["checkpoints", "reversible", "backsolve", "gauss"])
 def test_gradients_in_lanes(method):
     """vmap of value and gradient, and the gradient of a sum over vmap."""
     (values, (y0s, thetas)), of_sum = in_lanes(functools.partial(lane_loss, method))

@@ -265,7 +265,6 @@ def loss_of(case, **options):
     [
         ("Kvaerno3", "mixed", aj.FixedSteps(7)),
         ("KenCarp4", "complex", aj.FixedSteps(7)),
-        ("Kvaerno3", "backward", aj.PIDController(1e-3, 1e-5)),
     ],
 )
 def test_the_transposed_step_is_exact(name, case, controller):
