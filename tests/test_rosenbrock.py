@@ -115,7 +115,7 @@ def test_orders_of_values_dense_output_and_cost(method):
 
 
 @pytest.mark.parametrize(
-    ("method", "order"), zip(METHODS, (2, 1, 3), strict=True), ids=("Rosenbrock23", "Rodas4", "Rodas5P")
+    ("method", "order"), [(aj.Rosenbrock23, 2), (aj.Rodas4, 1), (aj.Rodas5P, 3)], ids=("Rosenbrock23", "Rodas4", "Rodas5P")
 )
 def test_orders_where_the_problem_is_stiff(method, order):
     """Prothero and Robinson's problem. The errors of Rodas4 and Rodas5P are h and h^3 divided by the stiffness: of lower
