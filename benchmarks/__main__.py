@@ -2,7 +2,7 @@
 
 python -m benchmarks                                  # all rows
 python -m benchmarks lv-forward wide                  # some
-python -m benchmarks --short --output /tmp/try.json   # everything once, small: does it run?
+python -m benchmarks --short --output try.json   # everything once, small: does it run?
 python -m benchmarks --render benchmarks/results/cpu.json
 """
 
