@@ -43,7 +43,8 @@ class AutoSolver(AbstractSolver):
     takes over; when it has been far below, Tsit5 does again. Compare E. Hairer and G. Wanner, "Solving Ordinary
     Differential Equations II", section IV.2. Under `vmap` each lane has its own method; unused ones cost nothing.
 
-    `DiscreteAdjoint` transposes each step by the method that took it.
+    `DiscreteAdjoint` transposes each step by the method that took it. `solution.stats.evaluations` counts the product with
+    the Jacobian as one evaluation, those of Rodas5P's Jacobians aside.
 
     - `jacobian`: that of `Rodas5P`.
     """
@@ -61,10 +62,6 @@ class AutoSolver(AbstractSolver):
     @property
     def dense_degree(self) -> int:
         return 4
-
-    @property
-    def extra_stages(self) -> int:
-        return 0
 
     def evaluations(self, *, estimated: bool, interpolated: bool) -> int:
         del estimated, interpolated
@@ -108,10 +105,6 @@ class AutoSolver(AbstractSolver):
     def blank_step(self, t: Scalar, state: Watched) -> Step:
         coefficients = tree.buffer(self.dense_degree, state.y)
         return Step(Interval(t, t, t, t), state, state, (coefficients,), None, jnp.zeros((), jnp.int32))
-
-    def with_dense_stages(self, problem: Problem, step: Step) -> Step:
-        del problem
-        return step
 
     def interpolant(self, step: Step) -> Interpolant:
         return Interpolant(step.interval.start, step.interval.end, step.before.y, step.stages[0])

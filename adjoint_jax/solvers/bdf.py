@@ -83,10 +83,6 @@ class BDF(AbstractSolver):
     def dense_degree(self) -> int:
         return MAX_ORDER
 
-    @property
-    def extra_stages(self) -> int:
-        return 0
-
     def evaluations(self, *, estimated: bool, interpolated: bool) -> int:
         del estimated, interpolated
         return 0
@@ -168,10 +164,6 @@ class BDF(AbstractSolver):
     def blank_step(self, t: Scalar, state: Differences) -> Step:
         stages = (tree.zeros_like(self.output(state)),) * MAX_ORDER
         return Step(Interval(t, t, t, t), state, state, stages, None, jnp.zeros((), jnp.int32), jnp.ones_like(t))
-
-    def with_dense_stages(self, problem: Problem, step: Step) -> Step:
-        del problem
-        return step
 
     def interpolant(self, step: Step) -> Interpolant:
         """The polynomial through the states on which the step has been built, and through its result."""

@@ -130,10 +130,6 @@ class ESDIRK(AbstractSolver):
     def dense_degree(self) -> int:
         return len(self.tableau.dense[0])
 
-    @property
-    def extra_stages(self) -> int:
-        return 0
-
     def evaluations(self, *, estimated: bool, interpolated: bool) -> int:
         del estimated, interpolated
         return 1
@@ -202,10 +198,6 @@ class ESDIRK(AbstractSolver):
     def blank_step(self, t: Scalar, state: Arrays) -> Step:
         stages = (tree.zeros_like(state),) * self.tableau.stages
         return Step(Interval(t, t, t, t), state, state, stages, None, jnp.zeros((), jnp.int32))
-
-    def with_dense_stages(self, problem: Problem, step: Step) -> Step:
-        del problem
-        return step
 
     def interpolant(self, step: Step) -> Interpolant:
         h = step.interval.end - step.interval.start

@@ -181,10 +181,6 @@ class AbstractTwoSlopes(AbstractReversibleSolver):
     def dense_degree(self) -> int:
         return 2
 
-    @property
-    def extra_stages(self) -> int:
-        return 0
-
     def evaluations(self, *, estimated: bool, interpolated: bool) -> int:
         del estimated, interpolated
         return 1
@@ -194,10 +190,6 @@ class AbstractTwoSlopes(AbstractReversibleSolver):
 
     def blank_step(self, t: Scalar, state: Pair | StateAndVelocity) -> Step:
         return Step(Interval(t, t, t, t), state, state, (tree.zeros_like(state.y),) * 2, None)
-
-    def with_dense_stages(self, problem: Problem, step: Step) -> Step:
-        del problem
-        return step
 
     def interpolant(self, step: Step) -> Interpolant:
         (start, end, _, _), (f0, f1) = step.interval, step.stages

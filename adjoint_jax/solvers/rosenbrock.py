@@ -105,10 +105,6 @@ class Rosenbrock(AbstractSolver):
     def dense_degree(self) -> int:
         return len(self.tableau.dense[0])
 
-    @property
-    def extra_stages(self) -> int:
-        return 0
-
     def evaluations(self, *, estimated: bool, interpolated: bool) -> int:
         del estimated, interpolated
         return len(self.tableau.m)
@@ -147,10 +143,6 @@ class Rosenbrock(AbstractSolver):
 
     def blank_step(self, t: Scalar, state: Arrays) -> Step:
         return Step(Interval(t, t, t, t), state, state, (tree.zeros_like(state),) * len(self.tableau.m), None)
-
-    def with_dense_stages(self, problem: Problem, step: Step) -> Step:
-        del problem
-        return step
 
     def interpolant(self, step: Step) -> Interpolant:
         columns = zip(*self.tableau.dense, strict=True)

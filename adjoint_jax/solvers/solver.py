@@ -70,9 +70,9 @@ class AbstractSolver(eqx.Module):
         """Degree of the interpolant."""
 
     @property
-    @abc.abstractmethod
     def extra_stages(self) -> int:
         """Stages that only the interpolant needs."""
+        return 0
 
     @property
     def reuses_last_stage(self) -> bool:
@@ -118,9 +118,10 @@ class AbstractSolver(eqx.Module):
     def blank_step(self, t: Scalar, state: Arrays) -> Step:
         """A step of no length, with its dense stages and without an error estimate."""
 
-    @abc.abstractmethod
     def with_dense_stages(self, problem: Problem, step: Step) -> Step:
         """The step with the stages added that only its interpolant needs."""
+        del problem
+        return step
 
     @abc.abstractmethod
     def interpolant(self, step: Step) -> Interpolant:
