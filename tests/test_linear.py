@@ -113,6 +113,14 @@ def test_wrong_structures_are_refused():
         aj.BandedJacobian.__check_init__(type("Fields", (), {"lower": -1, "upper": 0}))
 
 
+@pytest.mark.parametrize("method", [aj.Rodas5P, aj.Kvaerno3, aj.BDF, aj.AutoSolver])
+def test_what_is_no_jacobian_is_refused(method):
+    """As it is told where annotations are not checked."""
+    fields = type(method.__name__, (), {"jacobian": "dense"})()
+    with pytest.raises(TypeError, match=method.__name__ + r"\(jacobian=...\) must be DenseJacobian\(\).* got 'dense'"):
+        method.__check_init__(fields)
+
+
 # Reaction and diffusion
 
 

@@ -6,6 +6,7 @@ size times a coefficient of the method. A Jacobian says how df/dy is computed an
 
 import abc
 from collections.abc import Callable
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -47,6 +48,15 @@ class AbstractJacobian(eqx.Module):
     @abc.abstractmethod
     def inverse(self, problem: Problem, t: Scalar, y: Arrays, g: Scalar) -> AbstractInverse:
         """The inverse of M - g df/dy at (t, y)."""
+
+
+def check_jacobian(jacobian: Any, name: str) -> None:
+    """Raise `TypeError` unless this is a way to compute Jacobians."""
+    if not isinstance(jacobian, AbstractJacobian):
+        raise TypeError(
+            f"{name}(jacobian=...) must be DenseJacobian(), BandedJacobian(lower, upper) or another of its kind, got "
+            f"{jacobian!r}."
+        )
 
 
 def ravel(y: Arrays) -> tuple[Float[Array, " n"], Callable[[Float[Array, " n"]], Arrays]]:

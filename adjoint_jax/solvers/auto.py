@@ -11,7 +11,7 @@ from adjoint_jax import tree
 from adjoint_jax.interpolation import Interpolant
 from adjoint_jax.lanes import any_lane
 from adjoint_jax.linear.dense import DenseJacobian
-from adjoint_jax.linear.jacobian import AbstractJacobian
+from adjoint_jax.linear.jacobian import AbstractJacobian, check_jacobian
 from adjoint_jax.problem import Interval, Parameters, Problem
 from adjoint_jax.quadrature import Nodes, gauss_legendre
 from adjoint_jax.solvers.methods import Tsit5
@@ -50,6 +50,9 @@ class AutoSolver(AbstractSolver):
     """
 
     jacobian: AbstractJacobian = DenseJacobian()
+
+    def __check_init__(self) -> None:
+        check_jacobian(self.jacobian, type(self).__name__)
 
     @property
     def order(self) -> int:

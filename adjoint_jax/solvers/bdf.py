@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float
 from adjoint_jax import tree
 from adjoint_jax.interpolation import Interpolant
 from adjoint_jax.linear.dense import DenseJacobian
-from adjoint_jax.linear.jacobian import AbstractJacobian
+from adjoint_jax.linear.jacobian import AbstractJacobian, check_jacobian
 from adjoint_jax.problem import Interval, Problem
 from adjoint_jax.quadrature import Nodes, gauss_legendre
 from adjoint_jax.solvers.newton import SimplifiedNewton, Solved, StageEquation, differentiable
@@ -69,6 +69,9 @@ class BDF(AbstractSolver):
     newton: SimplifiedNewton = SimplifiedNewton()
     tolerance: Tolerance | None = eqx.field(default=None, kw_only=True)
     """The controller's, which `within` sets."""
+
+    def __check_init__(self) -> None:
+        check_jacobian(self.jacobian, type(self).__name__)
 
     @property
     def order(self) -> int:

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 from adjoint_jax import tree
 from adjoint_jax.interpolation import Interpolant
 from adjoint_jax.linear.dense import DenseJacobian
-from adjoint_jax.linear.jacobian import AbstractInverse, AbstractJacobian
+from adjoint_jax.linear.jacobian import AbstractInverse, AbstractJacobian, check_jacobian
 from adjoint_jax.problem import Interval, Parameters, Problem, Rates
 from adjoint_jax.quadrature import Nodes
 from adjoint_jax.solvers.newton import SimplifiedNewton, StageEquation, differentiable
@@ -117,6 +117,9 @@ class ESDIRK(AbstractSolver):
     newton: SimplifiedNewton = SimplifiedNewton()
     tolerance: Tolerance | None = eqx.field(default=None, kw_only=True)
     """The controller's, which `within` sets."""
+
+    def __check_init__(self) -> None:
+        check_jacobian(self.jacobian, type(self).__name__)
 
     @property
     def order(self) -> int:

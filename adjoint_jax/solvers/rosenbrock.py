@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from adjoint_jax import tree
 from adjoint_jax.interpolation import Interpolant
 from adjoint_jax.linear.dense import DenseJacobian
-from adjoint_jax.linear.jacobian import AbstractInverse, AbstractJacobian
+from adjoint_jax.linear.jacobian import AbstractInverse, AbstractJacobian, check_jacobian
 from adjoint_jax.linear.mass import times_mass, times_mass_transposed
 from adjoint_jax.problem import Interval, Parameters, Problem, Rates
 from adjoint_jax.quadrature import Nodes, Rule, gauss_legendre
@@ -92,6 +92,9 @@ class Rosenbrock(AbstractSolver):
 
     tableau: RosenbrockTableau = eqx.field(static=True)
     jacobian: AbstractJacobian = DenseJacobian()
+
+    def __check_init__(self) -> None:
+        check_jacobian(self.jacobian, type(self).__name__)
 
     @property
     def order(self) -> int:
