@@ -1,6 +1,9 @@
 """Differentiable ODE solvers for JAX: one contract, a family of adjoints."""
 
-from adjoint_jax import diagnostics
+import importlib
+from types import ModuleType
+from typing import TYPE_CHECKING
+
 from adjoint_jax.adjoints.backsolve import BacksolveAdjoint
 from adjoint_jax.adjoints.discrete import DiscreteAdjoint
 from adjoint_jax.adjoints.forward_mode import ForwardMode
@@ -30,6 +33,9 @@ from adjoint_jax.solvers.rosenbrock import Rosenbrock, RosenbrockTableau
 from adjoint_jax.solvers.rosenbrock_methods import Rodas4, Rodas5P, Rosenbrock23
 from adjoint_jax.solvers.tableau import ButcherTableau
 from adjoint_jax.tolerance import rms_norm
+
+if TYPE_CHECKING:
+    from adjoint_jax import diagnostics
 
 __all__ = [
     "BDF",
@@ -89,3 +95,10 @@ __all__ = [
 ]
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> ModuleType:
+    """The diagnostics, which are a third of the time that importing everything takes, when they are first asked for."""
+    if name != "diagnostics":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return importlib.import_module("adjoint_jax.diagnostics")

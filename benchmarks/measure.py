@@ -92,7 +92,7 @@ def imported(case: Case, problem: Problem, length: Length) -> Iterator[Measureme
     for contestant in case.contestants:
         blank = _blank(case, problem, contestant, Mode.IMPORT)
         try:
-            taken = [imports.seconds(contestant.entry) for _ in range(length.turns)]
+            taken = imports.seconds(contestant.entry, length.turns)
         except Exception as error:
             yield _failed(blank, error)
             continue

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from tests import stiff_problems
+
 Field = Callable[[Any, Any, Any], Any]
 """field(t, y, parameters) -> dy/dt, of one lane, in arrays of one library."""
 
@@ -47,12 +49,14 @@ class Tensors(NamedTuple):
 class Problem:
     """dy/dt = equation(t, y, parameters), y(t0) = y0, saved at `ts`, or at t1 alone without them.
 
-    The loss is the mean square of what is saved, its gradient that with respect to the parameters. With `lanes`, so many
-    solves from the same y0, whose parameters have a leading axis; every lane has its own loss, step sizes and gradient.
+    The loss is the mean square of what is saved, or its sum with `weights`, its gradient that with respect to the
+    parameters. With `lanes`, so many solves from the same y0, whose parameters have a leading axis; every lane has its own
+    loss, step sizes and gradient.
 
     - `reference`: the name of its stored reference; problems that differ in the number of steps or of lanes share one.
     - `steps`: the number of steps of a fixed grid; none for adaptive steps.
     - `max_steps`: what every library is told is the largest number of steps.
+    - `scale`: values that are smaller do not matter: the absolute tolerance is the relative one times this.
     - `bound`: a tight bound on the steps at every tolerance at which the problem is solved here. Peers whose memory or time
       depends on it are given it in their tuned settings; ours never is.
     """
@@ -68,6 +72,8 @@ class Problem:
     steps: int | None = None
     max_steps: int = 4096
     bound: int = 4096
+    scale: float = 1.0
+    weights: np.ndarray | None = None
 
     @property
     def dtype(self) -> np.dtype:
@@ -188,6 +194,33 @@ def ring(size: int) -> Problem:
 def bistable(xp: ModuleType, t: Any, y: Any, p: Any) -> Any:
     del t
     return p[0] * (xp.roll(y, 1, -1) - 2 * y + xp.roll(y, -1, -1)) + p[1] * y * (1 - y * y)
+
+
+STIFF = ("van_der_pol_100", "robertson_1e4", "hires", "pollu")
+"""Names of stiff problems in `tests/stiff_problems.py`, where their sources are."""
+
+
+def stiff(name: str, lanes: int | None = None) -> Problem:
+    """A stiff problem to its end; in lanes, every parameter multiplied by a random factor between 0.8 and 1.25."""
+    given, weights = stiff_problems.PROBLEMS[name](), stiff_problems.reference(name).end.weights
+    parameters = given.args
+    if lanes is not None:
+        factors = _random().uniform(np.log(0.8), np.log(1.25), size=(RANDOM_LANES, parameters.size))
+        parameters = (parameters * np.exp(factors))[:lanes]
+    reference = name if lanes is None else f"{name}-lanes"
+    limits = {"max_steps": 16384, "bound": 4096}
+    return Problem(
+        reference,
+        Components(given.rows),
+        parameters,
+        given.y0,
+        given.t0,
+        given.t1,
+        lanes=lanes,
+        scale=given.scale,
+        weights=weights[0],
+        **limits,
+    )
 
 
 def _random() -> np.random.Generator:

@@ -61,9 +61,9 @@ Solve = Callable[[Any, Any, Any], tuple[Any, Told]]
 Derivative = Callable[..., Callable[..., Any]]
 
 
-def loss(ys: Any) -> Any:
-    """The mean square: its gradient weighs all save times."""
-    return jnp.mean(jnp.square(ys))
+def loss(problem: Problem, ys: Any) -> Any:
+    """The mean square, whose gradient weighs all save times, or what the problem has weights for."""
+    return jnp.mean(jnp.square(ys)) if problem.weights is None else jnp.sum(problem.weights * ys)
 
 
 def forward_gradient(function: Callable[..., Any], *, has_aux: bool) -> Callable[..., Any]:
@@ -83,7 +83,7 @@ class JaxProgram(Program):
 
         def cost(parameters: Any, y0: Any, tolerance: Any) -> tuple[Any, Told]:
             ys, told = self.solve(y0, parameters, tolerance)
-            return loss(ys), told
+            return loss(self.problem, ys), told
 
         def gradient(y0: Any, parameters: Any, tolerance: Any) -> tuple[Any, Told]:
             return self.derivative(cost, has_aux=True)(parameters, y0, tolerance)

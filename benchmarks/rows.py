@@ -1,8 +1,4 @@
-"""The rows: what is solved by whom, and what ratio is wanted.
-
-Stiff problems have no rows yet: what solves them does not exist here. They belong at the end of `rows`, with CVODES's BDF
-(`libraries/of_casadi.py`) and diffrax's implicit methods among the contestants.
-"""
+"""The rows: what is solved by whom, and what ratio is wanted."""
 
 import functools
 from collections.abc import Callable, Iterable
@@ -34,6 +30,8 @@ def rows(length: Length) -> dict[str, Row]:
         "rk4-memory": _long_gradients(length),
         "lorenz": _lorenz(length),
         "vdp-lanes": _unequal_lanes(length),
+        "stiff": _stiff(length),
+        "stiff-lanes": _stiff_lanes(length),
         "saves": _save_times(),
         "compile": _compile(length),
         "import": _imports(),
@@ -230,6 +228,42 @@ def _unequal_lanes(length: Length) -> Row:
     race = _race("forward", functools.partial(problems.van_der_pol, lanes), FORWARD, who, length.of((1e-6, 1e-5)))
     want = Want("forward", by.DISCRETE.name, EVERY_PEER, 0.5, 1e-6)
     return Row(f"Van der Pol, {lanes:,} unequal lanes, mu from 0.1 to 50", (race,), (want,))
+
+
+_DIFFRAX_STIFF = (by.DIFFRAX_KVAERNO5, by.DIFFRAX_KVAERNO5_NEWTON, by.DIFFRAX_KVAERNO3_NEWTON)
+
+
+def _names(contestants: Iterable[Contestant]) -> tuple[str, ...]:
+    return tuple(contestant.name for contestant in contestants)
+
+
+def _stiff(length: Length) -> Row:
+    tolerances = length.of((1e-6, 1e-4, 1e-8))
+    forward = (by.RODAS5P, by.KVAERNO5, by.BDF, *_DIFFRAX_STIFF)
+    forward += (by.CVODES_BDF, by.DIFFSOL, by.LSODA, by.RADAU, by.SCIPY_BDF)
+    gradient = (by.RODAS5P, by.KVAERNO5, by.RODAS5P_FORWARD_MODE, *_DIFFRAX_STIFF, by.DIFFRAX_KVAERNO5_FORWARD_MODE)
+    gradient += (by.CVODES_BDF, by.DIFFSOL)
+    races, wants = [], []
+    for name in problems.STIFF:
+        problem = functools.partial(problems.stiff, name)
+        for quantity, who, of_diffrax, of_cvodes in ((FORWARD, forward, 0.6, 1.5), (GRADIENT, gradient, 0.35, 1.0)):
+            case = f"{quantity.value}, {name.replace('_', ' ')}"
+            races.append(_race(case, problem, quantity, who, tolerances))
+            wants.append(Want(case, by.RODAS5P.name, _names(_DIFFRAX_STIFF), of_diffrax, 1e-6))
+            wants.append(Want(case, by.RODAS5P.name, (by.CVODES_BDF.name,), of_cvodes, 1e-6))
+    return Row("Stiff problems, float64", tuple(races), tuple(wants))
+
+
+def _stiff_lanes(length: Length) -> Row:
+    lanes, tolerances = min(1024, length.largest_lanes), length.of((1e-6, 1e-4))
+    races, wants = [], []
+    for name in problems.STIFF:
+        problem = functools.partial(problems.stiff, name, lanes)
+        for quantity in Quantity:
+            case = f"{quantity.value}, {name.replace('_', ' ')}"
+            races.append(_race(case, problem, quantity, (by.RODAS5P, *_DIFFRAX_STIFF[:2]), tolerances, lanes))
+            wants.append(Want(case, by.RODAS5P.name, _names(_DIFFRAX_STIFF), 0.3, 1e-6))
+    return Row(f"Stiff problems, {lanes:,} lanes with random parameters, float64", tuple(races), tuple(wants))
 
 
 def _save_times() -> Row:

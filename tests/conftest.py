@@ -10,6 +10,7 @@ import pathlib
 import sys
 
 FAST_COMPILATION = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+FAST_COMPILATION += " --xla_cpu_parallel_codegen_split_count=1"  # xdist's workers are all the parallelism there is
 if tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2])) < (0, 11):
     FAST_COMPILATION += " --xla_cpu_use_fusion_emitters=false"  # XLA aborts at flags that it does not know (any more)
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FAST_COMPILATION}"

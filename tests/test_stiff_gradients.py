@@ -66,7 +66,9 @@ def check(name, tolerances, largest):
     assert gradients[2] < gradients[0] / 30
 
 
-@pytest.mark.parametrize("name", LARGEST)
+@pytest.mark.parametrize(
+    "name", [pytest.param("pollu", marks=[pytest.mark.slow]), *(name for name in LARGEST if name != "pollu")]
+)
 def test_values_and_gradients(name):
     check(name, TOLERANCES, LARGEST[name])
 

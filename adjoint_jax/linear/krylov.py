@@ -6,7 +6,6 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import jax.scipy.sparse.linalg
 from jaxtyping import Array, Float
 
 from adjoint_jax.linear.jacobian import AbstractInverse, AbstractJacobian, ravel
@@ -65,7 +64,9 @@ class Iterated(AbstractInverse):
         return self._solved(product, right)
 
     def _solved(self, product: Product, right: Float[Array, " n"]) -> Float[Array, " n"]:
+        from jax.scipy.sparse.linalg import gmres  # slow to import, and rarely needed
+
         options = {"tol": self.rtol, "restart": min(self.restart, len(right)), "maxiter": self.restarts}
-        solution, _ = jax.scipy.sparse.linalg.gmres(product, right, **options)
+        solution, _ = gmres(product, right, **options)
         missed = jnp.linalg.norm(product(solution) - right) > 10 * self.rtol * jnp.linalg.norm(right)
         return jnp.where(missed, jnp.nan, solution)

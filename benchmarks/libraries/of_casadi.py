@@ -1,7 +1,4 @@
-"""CVODES from SUNDIALS, by way of casadi: Adams' methods of variable order, with their own adjoint sensitivities.
-
-The place for its BDF methods, and for other implicit peers, is beside this, in rows of stiff problems.
-"""
+"""CVODES from SUNDIALS, by way of casadi: Adams' methods and BDF of variable order, with CVODES's own adjoint."""
 
 import functools
 from typing import Any
@@ -25,7 +22,8 @@ class CvodesProgram(Program):
         problem = self.problem
         y, p, t = (casadi.SX.sym(name, n) for name, n in (("y", problem.y0.size), ("p", problem.parameters.size), ("t", 1)))
         rate = casadi.vertcat(*problem.equation.of(t, casadi.vertsplit(y), casadi.vertsplit(p)))
-        options = {"abstol": tolerance, "reltol": tolerance, "linear_multistep_method": self.method}
+        options = {"reltol": tolerance, "linear_multistep_method": self.method, "max_num_steps": problem.max_steps}
+        options |= {"abstol": tolerance * problem.scale}
         system = {"x": y, "p": p, "t": t, "ode": rate}
         times = problem.times.tolist()
         integrator = casadi.integrator("solve", "cvodes", system, times[0], times[1:], options)
@@ -34,7 +32,8 @@ class CvodesProgram(Program):
         saved = casadi.horzcat(casadi.DM(problem.y0), saved) if problem.ts is not None else saved
         result = saved
         if self.quantity is Quantity.GRADIENT:
-            result = casadi.gradient(casadi.sumsqr(saved) / saved.numel(), parameters)
+            cost = casadi.sumsqr(saved) / saved.numel() if problem.weights is None else casadi.dot(problem.weights, saved)
+            result = casadi.gradient(cost, parameters)
         function = casadi.Function("quantity", [parameters], [result])
         return Executable(lambda: function(problem.parameters), self._outcome)
 
@@ -43,3 +42,4 @@ class CvodesProgram(Program):
 
 
 adams = functools.partial(CvodesProgram, method="adams")
+bdf = functools.partial(CvodesProgram, method="bdf")

@@ -8,6 +8,7 @@ import diffrax
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optimistix
 
 from benchmarks.problems import Components, Problem
 from benchmarks.programs import Derivative, JaxProgram, Program, Quantity, Solve, Told, forward_gradient
@@ -63,7 +64,7 @@ def _solve(problem: Problem, field: Callable[..., Any], settings: Settings, max_
 
     def solve(y0: Any, parameters: Any, tolerance: Any) -> tuple[Any, Told]:
         t0, t1 = (jnp.asarray(t, problem.dtype) for t in (problem.t0, problem.t1))
-        dt0, controller = None, diffrax.PIDController(rtol=tolerance, atol=tolerance)
+        dt0, controller = None, diffrax.PIDController(rtol=tolerance, atol=tolerance * problem.scale)
         if problem.steps is not None:
             dt0, controller = (t1 - t0) / problem.steps, diffrax.ConstantStepSize()
         solution = diffrax.diffeqsolve(
@@ -128,4 +129,10 @@ backsolve_rk4 = With(Settings(_backsolve, RK4()))
 forward_mode = With(Settings(diffrax.ForwardMode(), _tsit5), forward_gradient)
 tuned = Tuned(_tsit5, solve_by)
 tuned_rk4 = Tuned(RK4(), solve_by)
+_newton = diffrax.with_stepsize_controller_tols(optimistix.Newton)()
+_kvaerno5_newton = diffrax.Kvaerno5(root_finder=_newton)
+kvaerno5 = With(Settings(_default, diffrax.Kvaerno5()))
+kvaerno5_newton = Tuned(_kvaerno5_newton, solve_by)
+kvaerno3_newton = Tuned(diffrax.Kvaerno3(root_finder=_newton), solve_by)
+kvaerno5_forward_mode = With(Settings(diffrax.ForwardMode(), _kvaerno5_newton), forward_gradient)
 tuned_tuple = Tuned(_tsit5, solve_on_tuples)

@@ -35,14 +35,20 @@ class ScipyProgram(Program):
 
 
 def by_lsoda(problem: Problem, field: Callable[..., Any], tolerance: float) -> np.ndarray:
-    return odeint(field, problem.y0, problem.times, rtol=tolerance, atol=tolerance, tfirst=True)
+    options = {"rtol": tolerance, "atol": tolerance * problem.scale, "mxstep": problem.max_steps}
+    ys = odeint(field, problem.y0, problem.times, tfirst=True, **options)
+    return ys if problem.ts is not None else ys[-1:]
 
 
 def by_solve_ivp(problem: Problem, field: Callable[..., Any], tolerance: float, method: str) -> np.ndarray:
     span = problem.t0, problem.t1
-    return solve_ivp(field, span, problem.y0, method, t_eval=problem.times, rtol=tolerance, atol=tolerance).y.T
+    options = {"t_eval": problem.ts, "rtol": tolerance, "atol": tolerance * problem.scale}
+    ys = solve_ivp(field, span, problem.y0, method, **options).y.T
+    return ys if problem.ts is not None else ys[-1:]
 
 
 lsoda = functools.partial(ScipyProgram, solve=by_lsoda)
 rk45 = functools.partial(ScipyProgram, solve=functools.partial(by_solve_ivp, method="RK45"))
+radau = functools.partial(ScipyProgram, solve=functools.partial(by_solve_ivp, method="Radau"))
+bdf = functools.partial(ScipyProgram, solve=functools.partial(by_solve_ivp, method="BDF"))
 dop853 = functools.partial(ScipyProgram, solve=functools.partial(by_solve_ivp, method="DOP853"))

@@ -20,7 +20,7 @@ def solve_by(problem: Problem, adjoint: AbstractAdjoint, solver: AbstractSolver)
     saveat = aj.SaveAt(t1=True) if problem.ts is None else aj.SaveAt(problem.ts)
 
     def solve(y0: jax.Array, parameters: object, tolerance: jax.Array) -> tuple[jax.Array, Told]:
-        controller: AbstractController = aj.PIDController(tolerance, tolerance)
+        controller: AbstractController = aj.PIDController(tolerance, tolerance * problem.scale)
         if problem.steps is not None:
             controller = aj.FixedSteps(problem.steps)
         t0, t1 = (jnp.asarray(t, problem.dtype) for t in (problem.t0, problem.t1))
@@ -68,7 +68,7 @@ class With:
         return OurProgram(problem, quantity, self.adjoint, self.solver, self.derivative)
 
 
-_tsit5, _rk4 = aj.Tsit5(), aj.RK4()
+_tsit5, _rk4, _rodas5p = aj.Tsit5(), aj.RK4(), aj.Rodas5P()
 discrete = With(aj.DiscreteAdjoint(), _tsit5)
 discrete_rk4 = With(aj.DiscreteAdjoint(), _rk4)
 stages = With(aj.DiscreteAdjoint(keep=aj.KeepStages()), _tsit5)
@@ -79,6 +79,10 @@ backsolve = With(aj.BacksolveAdjoint(), _tsit5)
 backsolve_rk4 = With(aj.BacksolveAdjoint(), _rk4)
 reversible_rk4 = With(aj.ReversibleAdjoint(), aj.Reversible(_rk4))
 forward_mode = With(aj.ForwardMode(), _tsit5, forward_gradient)
+rodas5p = With(aj.DiscreteAdjoint(), _rodas5p)
+rodas5p_forward_mode = With(aj.ForwardMode(), _rodas5p, forward_gradient)
+kvaerno5 = With(aj.DiscreteAdjoint(), aj.Kvaerno5())
+bdf = With(aj.DiscreteAdjoint(), aj.BDF())
 
 
 def square_root_checkpoints_rk4(problem: Problem, quantity: Quantity) -> Program:
