@@ -17,9 +17,11 @@ from adjoint_jax.linear.banded import BandedJacobian
 from adjoint_jax.linear.dense import DenseJacobian
 from adjoint_jax.linear.krylov import KrylovJacobian
 from adjoint_jax.linear.sparse import SparseJacobian
+from adjoint_jax.problem import Split
 from adjoint_jax.saveat import SaveAt
 from adjoint_jax.solution import Solution, SolveError, Stats, Status
 from adjoint_jax.solve import odeint, solve
+from adjoint_jax.solvers.additive_runge_kutta import AdditiveRungeKutta
 from adjoint_jax.solvers.auto import AutoSolver
 from adjoint_jax.solvers.bdf import BDF
 from adjoint_jax.solvers.esdirk_methods import KenCarp4, Kvaerno3, Kvaerno5
@@ -41,6 +43,7 @@ __all__ = [
     "BDF",
     "ESDIRK",
     "RK4",
+    "AdditiveRungeKutta",
     "AsynchronousLeapfrog",
     "AutoSolver",
     "BacksolveAdjoint",
@@ -83,6 +86,7 @@ __all__ = [
     "Solution",
     "SolveError",
     "SparseJacobian",
+    "Split",
     "Stats",
     "Status",
     "StepTo",

@@ -104,15 +104,19 @@ class _Walk(NamedTuple):
 
 
 class _Chunk(NamedTuple):
-    """The walk, what the recorders noted of its latest accepted steps, and how many those are."""
+    """The walk, whether any lane goes on, what the recorders noted of its latest accepted steps, and how many those are."""
 
     walk: _Walk
+    going: Bool[Array, ""]
     notes: tuple[Any, ...]
     filled: Int[Array, ""]
 
 
 class _Progress(NamedTuple):
+    """The walk, whether any lane goes on, what was recorded, and where the recorders stand."""
+
     walk: _Walk
+    going: Bool[Array, ""]
     records: tuple[Any, ...]
     place: Place
 
@@ -140,7 +144,7 @@ class _SteppingLoop(NamedTuple):
 
         def fill_segment(progress: _Progress) -> _Progress:
             def unfilled(p: _Progress) -> Bool[Array, ""]:
-                return any_lane(self._running(p.walk)) & (p.place.position < layout.segment)
+                return p.going & (p.place.position < layout.segment)
 
             place = progress.place._replace(position=zero, segment_start=progress.walk.t)
             progress = jax.lax.while_loop(unfilled, fill_chunk, progress._replace(place=place))
@@ -148,11 +152,9 @@ class _SteppingLoop(NamedTuple):
             flushed = tuple(recorder.flush(record, progress.place, progress.walk.t) for recorder, record in pairs)
             return progress._replace(records=flushed)
 
-        progress = _Progress(walk, records, Place(zero, zero, self.problem.t0))
+        progress = _Progress(walk, any_lane(self._running(walk)), records, Place(zero, zero, self.problem.t0))
         whole = all(recorder.segment_limit is None for recorder in self.recorders)
-        progress = jax.lax.while_loop(
-            lambda p: any_lane(self._running(p.walk)), fill_chunk if whole else fill_segment, progress
-        )
+        progress = jax.lax.while_loop(lambda p: p.going, fill_chunk if whole else fill_segment, progress)
         return Outcome(progress.walk.state, progress.records, self._report(progress.walk, progress.place.slot))
 
     def _layout(self, blank: tuple[Any, ...]) -> Layout:
@@ -195,20 +197,21 @@ class _SteppingLoop(NamedTuple):
         empty = tree.map(lambda leaf: jnp.broadcast_to(leaf, (slots, *leaf.shape)), blank)
 
         def unfilled(chunk: _Chunk) -> Bool[Array, ""]:
-            return any_lane(self._running(chunk.walk)) & (chunk.filled < slots)
+            return chunk.going & (chunk.filled < slots)
 
         def attempt(chunk: _Chunk) -> _Chunk:
             walk, step, accepted = self._attempt(chunk.walk)
             step, extra = self._dense(step, accepted)
             notes = tree.put(chunk.notes, chunk.filled, self._notes(step, accepted))
-            return _Chunk(walk._replace(extra=walk.extra + extra), notes, chunk.filled + any_lane(accepted))
+            going, written = any_lane(jnp.stack([self._running(walk), accepted]))
+            return _Chunk(walk._replace(extra=walk.extra + extra), going, notes, chunk.filled + written)
 
-        chunk = jax.lax.while_loop(unfilled, attempt, _Chunk(walk, empty, _zero()))
+        chunk = jax.lax.while_loop(unfilled, attempt, _Chunk(walk, progress.going, empty, _zero()))
         place = progress.place
         triples = zip(self.recorders, progress.records, chunk.notes, strict=True)
         records = tuple(recorder.write(record, place, notes) for recorder, record, notes in triples)
         place = place._replace(slot=place.slot + chunk.filled, position=place.position + chunk.filled)
-        return _Progress(chunk.walk, records, place)
+        return _Progress(chunk.walk, chunk.going, records, place)
 
     def _blank_notes(self, walk: _Walk) -> tuple[Any, ...]:
         blank = self.solver.blank_step(walk.t, walk.state)
@@ -418,7 +421,7 @@ class _GridLoop(NamedTuple):
 
 
 SMALL_ARRAY_BYTES = 512
-LONGEST_CHUNK = 8
+LONGEST_CHUNK = 32
 
 
 def chunk_length(notes: PyTree[Array]) -> int:

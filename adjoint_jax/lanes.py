@@ -31,8 +31,9 @@ _max = _over_lanes(jnp.max)
 _min = _over_lanes(jnp.min)
 
 
-def any_lane(predicate: Bool[Array, ""]) -> Bool[Array, ""]:
-    """Whether the predicate holds in at least one lane: the same value in all lanes."""
+def any_lane(predicate: Bool[Array, "*shape"]) -> Bool[Array, "*shape"]:
+    """Whether the predicate holds in at least one lane: the same value in all lanes. Several predicates in one array are
+    one reduction: where lanes are distributed over devices, each reduction is a message."""
     return _any(predicate)
 
 

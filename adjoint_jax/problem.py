@@ -9,10 +9,34 @@ import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float, PyTree
 
 from adjoint_jax import tree
+from adjoint_jax.hoisting import hoisted
 from adjoint_jax.tree import Arrays, Scalar
 
 VectorField = Callable[[Scalar, PyTree[Any], PyTree[Any]], PyTree[Any]]
 RunningCost = Callable[[Scalar, PyTree[Any], PyTree[Any]], PyTree[Any]]
+
+
+class Split(eqx.Module):
+    """The vector field explicit(t, y, args) + implicit(t, y, args), for methods that treat its parts differently: stiff but
+    cheap terms implicitly, others explicitly (`KenCarp4`). To all other methods it is the sum.
+
+    Both parts return what a vector field returns. Arrays in both receive gradients, as do those that they close over.
+    """
+
+    explicit: VectorField
+    implicit: VectorField
+
+    def __check_init__(self) -> None:
+        for name, part in (("explicit", self.explicit), ("implicit", self.implicit)):
+            if not callable(part):
+                raise TypeError(f"Split({name}=...) must be callable as {name}(t, y, args), got {part!r}.")
+
+    def __call__(self, t: Scalar, y: PyTree[Any], args: PyTree[Any]) -> PyTree[Any]:
+        return tree.add(self.explicit(t, y, args), self.implicit(t, y, args))
+
+    def mapped(self, change: Callable[[VectorField], VectorField]) -> "Split":
+        """Both parts changed in the same way."""
+        return Split(change(self.explicit), change(self.implicit))
 
 
 class Interval(NamedTuple):
@@ -75,7 +99,11 @@ class Problem(eqx.Module):
 
     def without_cost(self) -> "Problem":
         """The problem of the solution alone."""
-        return Problem(self.vector_field, None, self.args, self.y0, self.t0, self.t1, self.mass)
+        return self.of_field(self.vector_field)
+
+    def of_field(self, vector_field: VectorField) -> "Problem":
+        """The problem of the solution alone, of another field."""
+        return Problem(vector_field, None, self.args, self.y0, self.t0, self.t1, self.mass)
 
     @property
     def parameters(self) -> Parameters:
@@ -97,6 +125,8 @@ def hoist(vector_field: VectorField, t: Scalar, y: Arrays, args: PyTree[Any]) ->
 
     Raises `TypeError` or `ValueError` if the field returns another structure, other shapes, or complex for real.
     """
+    if isinstance(vector_field, Split):
+        return vector_field.mapped(lambda part: hoist(part, t, y, args))
 
     def checked(t: Scalar, y: Arrays, args: PyTree[Any]) -> Arrays:
         dy = vector_field(t, y, args)
@@ -107,7 +137,7 @@ def hoist(vector_field: VectorField, t: Scalar, y: Arrays, args: PyTree[Any]) ->
             )
         return jax.tree.map(_like, dy, y)
 
-    return eqx.filter_closure_convert(checked, t, y, args)
+    return hoisted(checked, t, y, args)
 
 
 def hoist_running_cost(running_cost: RunningCost | None, t: Scalar, y: Arrays, args: PyTree[Any]) -> RunningCost | None:
@@ -122,7 +152,7 @@ def hoist_running_cost(running_cost: RunningCost | None, t: Scalar, y: Arrays, a
     def checked(t: Scalar, y: Arrays, args: PyTree[Any]) -> Arrays:
         return jax.tree.map(lambda rate: _in_precision(rate, precision), running_cost(t, y, args))
 
-    return eqx.filter_closure_convert(checked, t, y, args)
+    return hoisted(checked, t, y, args)
 
 
 def _in_precision(rate: Any, precision: DTypeLike) -> Array:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from adjoint_jax import tree
+from adjoint_jax.hoisting import hoisted
 from adjoint_jax.problem import Problem
 from adjoint_jax.tree import Arrays, Scalar
 
@@ -80,4 +81,4 @@ class Requests(eqx.Module):
 
 def hoist_observable(fn: Observable, problem: Problem) -> Observable:
     """`fn` as a pytree that holds every array it closes over."""
-    return eqx.filter_closure_convert(fn, problem.t0, problem.y0, problem.args)
+    return hoisted(fn, problem.t0, problem.y0, problem.args)

@@ -2,7 +2,8 @@
 
 A loss is a weighted sum of functions of the row at t0, of those at ts, of that at t1, and of the cost. The weights and the
 tolerance are inputs of the program, so that each pair of an adjoint and a problem is compiled once, whatever is observed.
-The references are the derivatives of true solutions. What most pairs give in lanes and without jit is for `pytest -m slow`.
+The references are the derivatives of true solutions. Much of the matrix, and most of what it gives in lanes and without
+jit, is for `pytest -m slow`.
 """
 
 import functools
@@ -28,7 +29,14 @@ UNSTABLE = {("heat", "backsolve"), ("heat", "reversible")}
 """What cannot be: the reversed flow and the reversible method are unstable. They have tests of their own."""
 SAME_AS_CHECKPOINTS = {(name, "discrete") for name in PROBLEMS if name != "lotka_volterra"}
 """Any number of checkpoints gives the same gradient: tested below."""
-MATRIX = [(n, m) for n in PROBLEMS for m in METHODS if (n, m) not in UNSTABLE and (n, m) not in SAME_AS_CHECKPOINTS]
+LONG = {"forced", "network", "mixed"}
+"""Problems that take long to compile."""
+MATRIX = [
+    pytest.param(name, method, marks=[pytest.mark.slow] if name in LONG else [])
+    for name in PROBLEMS
+    for method in METHODS
+    if (name, method) not in UNSTABLE | SAME_AS_CHECKPOINTS
+]
 ROWS = 7
 RANDOM = np.random.default_rng(7).uniform(0.5, 1.5, ROWS + 1) * np.array([1, -1, 1, 1, -1, 1, 1, 1])
 
@@ -208,7 +216,7 @@ def test_exact_adjoints_equal_forward_mode_to_rounding(name, method):
 
 TOLERANCE = 1e-6
 EVERY_METHOD = METHODS | {"forward mode": (aj.Heun(), aj.ForwardMode())}
-QUICK = {("lotka_volterra", "checkpoints"), ("linear", "backsolve")}
+QUICK = {("linear", "backsolve"), ("linear", "checkpoints")}
 EVERY_PAIR = [
     pytest.param(name, method, marks=[] if (name, method) in QUICK else [pytest.mark.slow])
     for name in PROBLEMS

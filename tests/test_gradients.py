@@ -148,7 +148,7 @@ IRREGULAR = np.array([0.2, 0.3, 0.75, 0.9, 1.5, 1.55, 2.0, 2.2])
     ("solver", "adjoint", "grid"),
     [
         ("rk4", aj.DiscreteAdjoint(checkpoints=1), "times"),
-        ("bosh3", aj.DiscreteAdjoint(checkpoints=3), "times"),
+        pytest.param("bosh3", aj.DiscreteAdjoint(checkpoints=3), "times", marks=[pytest.mark.slow]),
         ("dense stages", aj.DiscreteAdjoint(checkpoints=2), "steps"),
     ],
 )

@@ -71,9 +71,9 @@ def by_states():
     [
         ("stages", "grid"),
         ("linearisations", "grid"),
-        ("few linearisations", "grid"),
+        pytest.param("few linearisations", "grid", marks=[pytest.mark.slow]),
         ("linearisations", "adaptive with dense stages"),
-        ("few stages", "adaptive with dense stages"),
+        pytest.param("few stages", "adaptive with dense stages", marks=[pytest.mark.slow]),
     ],
 )
 def test_the_gradient_does_not_depend_on_what_is_kept(keep, stepping, by_states):

@@ -13,6 +13,7 @@ ROOMS = (
     "lanes",
     "tree",
     "forward_only",
+    "hoisting",
     "problem",
     "interpolation",
     "quadrature",

@@ -159,7 +159,7 @@ def reaction_and_diffusion(structure):
     return jit(jax.value_and_grad(end, (0, 1), has_aux=True))(jnp.array([0.02, 4.0]), jnp.asarray(Y0))
 
 
-@pytest.mark.parametrize("structure", ["banded", "krylov"])
+@pytest.mark.parametrize("structure", ["banded", pytest.param("krylov", marks=[pytest.mark.slow])])
 def test_structures_change_no_solution_and_no_gradient(structure):
     compare(reaction_and_diffusion(structure), reaction_and_diffusion("dense"), 1e-6 if structure == "krylov" else 1e-9)
 

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from problems import jit
-from stiff_problems import PROBLEMS, reference
+from problems import compare, flow, jit
+from stiff_problems import PROBLEMS, brusselator, reference
 
 import adjoint_jax as aj
 
@@ -76,3 +76,25 @@ def test_values_and_gradients(name):
 @pytest.mark.parametrize("name", ILL_CONDITIONED)
 def test_values_and_gradients_of_relaxation_oscillations(name):
     check(name, *ILL_CONDITIONED[name])
+
+
+@pytest.mark.parametrize(
+    ("nodes", "t1", "steps"), [(64, 10.0, 4096), pytest.param(512, 0.5, 8192, marks=[pytest.mark.slow])]
+)
+def test_values_and_gradients_of_reaction_and_diffusion(nodes, t1, steps):
+    """With a band for the Jacobian; against the classical Runge-Kutta method in steps so short that it is stable."""
+    problem = brusselator(nodes, t1)
+    weights = np.cos(np.arange(2 * nodes)) / nodes
+    point = jnp.asarray(problem.args), jnp.asarray(problem.y0)
+
+    def loss(args, y0, rtol):
+        options = {"solver": aj.Rodas5P(aj.BandedJacobian(*problem.bandwidth)), "controller": aj.PIDController(rtol, rtol)}
+        return weights @ aj.solve(problem.field, 0.0, t1, y0, args, **options).ys[0]
+
+    def true_loss(args, y0):
+        return weights @ flow(lambda t, y: problem.field(t, y, args), 0.0, y0, t1, steps)
+
+    gradient = jit(jax.value_and_grad(loss, (0, 1)))
+    expected = jit(jax.value_and_grad(true_loss, (0, 1)))(*point)
+    for rtol in (1e-5, 1e-7):
+        compare(gradient(*point, rtol), expected, 100 * rtol)

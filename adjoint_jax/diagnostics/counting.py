@@ -20,14 +20,14 @@ from adjoint_jax import tree
 from adjoint_jax.adjoints.adjoint import AbstractAdjoint, Inputs, Run, Saved
 from adjoint_jax.adjoints.forward_mode import ForwardMode
 from adjoint_jax.integrate import Report
-from adjoint_jax.problem import VectorField
+from adjoint_jax.problem import Split, VectorField
 from adjoint_jax.tree import Arrays, Scalar
 
 
 class Counts(NamedTuple):
     """How often something was executed; the lanes of a `vmap` count one by one.
 
-    - `evaluations`: the vector field, where its value is used.
+    - `evaluations`: the vector field, where its value is used; of a `Split`, each of its parts.
     - `state_products`: its vector-Jacobian product with respect to y, or its Jacobian-vector product in forward mode.
     - `parameter_products`: the same with respect to its own arrays and `args`, of all of them at once.
     """
@@ -77,8 +77,13 @@ class CountingAdjoint(AbstractAdjoint):
     def solve(self, inputs: Inputs, run: Run) -> tuple[Saved, Report]:
         problem = inputs.problem
         mark = _pushed_forward if isinstance(self.adjoint, ForwardMode) else _pulled_back
-        field = _CountedField(problem.vector_field, self.tally, mark)
-        problem = eqx.tree_at(lambda p: p.vector_field, problem, field, is_leaf=lambda x: x is problem.vector_field)
+
+        def counted(field: VectorField) -> VectorField:
+            return _CountedField(field, self.tally, mark)
+
+        field = problem.vector_field
+        counting = field.mapped(counted) if isinstance(field, Split) else counted(field)
+        problem = eqx.tree_at(lambda p: p.vector_field, problem, counting, is_leaf=lambda x: x is field)
         return self.adjoint.solve(Inputs(problem, inputs.requests), run._replace(throw=True))
 
 

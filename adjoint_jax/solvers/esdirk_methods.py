@@ -1,9 +1,10 @@
-"""Diagonally implicit Runge-Kutta methods: their tableaus."""
+"""Diagonally implicit and additive Runge-Kutta methods: their tableaus."""
 
 import equinox as eqx
 import numpy as np
 
-from adjoint_jax.solvers.implicit_runge_kutta import ESDIRK, ESDIRKTableau
+from adjoint_jax.solvers.additive_runge_kutta import AdditiveRungeKutta
+from adjoint_jax.solvers.implicit_runge_kutta import ESDIRK, ESDIRKTableau, Row
 
 # Dense outputs satisfy, for every s, the conditions of their order, and one more:
 #
@@ -12,7 +13,8 @@ from adjoint_jax.solvers.implicit_runge_kutta import ESDIRK, ESDIRKTableau
 # where a is the first column and A the rest of the implicit stages' coefficients. The dense output is then y(s) = y +
 # sum_i w_i(s) (Y_i - y), without the slope k_1. It stays bounded for infinitely stiff components, like the step itself,
 # while the slope at a step's start, and with it Hermite's interpolant, has rounding errors multiplied by the eigenvalue.
-# What freedom is left makes the derivative at the end that of the last stage, and the next order's conditions almost hold.
+# What freedom is left makes the derivative at the end that of the last stage, and the next order's conditions almost hold;
+# for KenCarp4, it makes the conditions of the explicit part hold too, and those of the next order almost.
 
 _G = 0.43586652150845899942
 """The root of g^3 - 3 g^2 + 3/2 g - 1/6 = 0 between 0.4 and 0.5."""
@@ -113,9 +115,31 @@ _KENCARP4_EMBEDDED = (
 )
 
 
-class KenCarp4(ESDIRK):
-    """The implicit part of Kennedy and Carpenter's ARK4(3)6L[2]SA: order 4(3), L-stable, stiffly accurate, six stages (five
-    implicit) that all lie inside the step, dense output of order 3.
+_KENCARP4_EXPLICIT: tuple[Row, ...] = (
+    (),
+    (1 / 2,),
+    (13861 / 62500, 6889 / 62500),
+    (-116923316275 / 2393684061468, -2731218467317 / 15368042101831, 9408046702089 / 11113171139209),
+    (
+        -451086348788 / 2902428689909,
+        -2682348792572 / 7519795681897,
+        12662868775082 / 11960479115383,
+        3355817975965 / 11060851509271,
+    ),
+    (
+        647845179188 / 3216320057751,
+        73281519250 / 8382639484533,
+        552539513391 / 3454668386233,
+        3354512671639 / 8306763924573,
+        4040 / 17871,
+    ),
+)
+
+
+class KenCarp4(AdditiveRungeKutta):
+    """Kennedy and Carpenter's ARK4(3)6L[2]SA, for fields `Split(explicit, implicit)` and, its implicit part alone, for all
+    others: order 4(3), L-stable and (implicit alone) stiffly accurate, six stages (five implicit) that all lie inside the
+    step, dense output of order 3.
 
     C. A. Kennedy and M. H. Carpenter, "Additive Runge-Kutta schemes for convection-diffusion-reaction equations", Applied
     Numerical Mathematics 44 (2003).
@@ -140,13 +164,14 @@ class KenCarp4(ESDIRK):
             error=tuple(np.subtract((*_KENCARP4_LAST, 0.25), _KENCARP4_EMBEDDED).tolist()),
             error_order=3,
             dense=(
-                (-0.213031279530432214, 0.899811444545878488, -0.528863869853774921),
-                (-6.05720847074073694, 12.1144169414814739, -6.05720847074073694),
-                (6.76485079873236185, -12.9694247758927214, 6.39133291768436032),
-                (-2.85712428833032531, 7.75594446258865436, -4.21825487894899447),
-                (5.38948273942071055, -11.6046870718264412, 5.93996380141072395),
-                (-2.02696949955157794, 3.80393899910315589, -1.52696949955157794),
+                (0.730872380739355666, -1.01230903749704354, 0.439352951919359223),
+                (0.0, 0.0, 0.0),
+                (0.963655850669485762, -1.348474666651156, 0.571577756505671003),
+                (-1.1978212322712867, 4.60031212729732962, -2.72192559971670834),
+                (0.537183861843445272, -2.23352329035313009, 1.42109889751467812),
+                (-0.033890860981, -0.006005132796, 0.289895993777),
             ),
             dense_order=3,
         ),
     )
+    explicit: tuple[Row, ...] = eqx.field(static=True, kw_only=True, default=_KENCARP4_EXPLICIT)

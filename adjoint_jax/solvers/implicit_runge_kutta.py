@@ -1,9 +1,10 @@
 """One step of a diagonally implicit Runge-Kutta method, and its transpose."""
 
+import abc
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -81,19 +82,90 @@ class ESDIRKTableau:
         """The rows of `a` with their diagonal."""
         return tuple((*row, self.gamma if i else 0.0) for i, row in enumerate(self.a))
 
+    @property
+    def matrix(self) -> Float[np.ndarray, "stages stages"]:
+        """`a` as a square matrix, without the diagonal."""
+        return padded(self.a)
+
+
+def padded(rows: Sequence[Row]) -> Float[np.ndarray, "stages stages"]:
+    """Rows filled up with zeros."""
+    return np.array([row + (0.0,) * (len(rows) - len(row)) for row in rows])
+
 
 def _close(row: Row, total: float) -> bool:
     return abs(math.fsum(row) - total) <= 1e-12 * (1.0 + math.fsum(map(abs, row)))
 
 
-class _Stages(NamedTuple):
-    """The stages of a step: their states and slopes, stacked; and how the iterations went."""
+class Stages(NamedTuple):
+    """The stages of a step: their states, and what the treatment of the field keeps of their slopes, stacked; and how the
+    iterations went. `evaluations` are those of all stages but the first."""
 
     states: Arrays
-    slopes: Arrays
+    slopes: Any
     converged: Bool[Array, ""]
     rate: Float[Array, ""]
-    iterations: Int[Array, ""]
+    evaluations: Int[Array, ""]
+
+
+class AbstractTreatment(eqx.Module):
+    """How a field enters the stages."""
+
+    equations: eqx.AbstractVar[Problem]
+    """The problem whose field is in the stages' equations."""
+
+    @abc.abstractmethod
+    def first(self, t: Scalar, y: Arrays) -> Any:
+        """What is kept of the first stage."""
+
+    @abc.abstractmethod
+    def kept(self, t: Scalar, state: Arrays, slope: Arrays) -> Any:
+        """What is kept of a stage, from the solution of its equation."""
+
+    @abc.abstractmethod
+    def total(self, slopes: Any) -> Arrays:
+        """The whole field, at one stage or at all."""
+
+    @abc.abstractmethod
+    def before(self, i: Array, slopes: Any) -> Arrays:
+        """The weighted sum over the stages before stage i."""
+
+    @abc.abstractmethod
+    def after(self, y: Arrays, h: Scalar, stages: Stages) -> Arrays:
+        """The state at the end of the step."""
+
+    @property
+    @abc.abstractmethod
+    def further_evaluations(self) -> int:
+        """Evaluations in a step besides those of the equations."""
+
+
+class _AsAWhole(AbstractTreatment):
+    """The whole field is in the equations, and the last stage is the step's result."""
+
+    equations: Problem
+    a: Float[np.ndarray, "stages stages"]
+
+    def first(self, t: Scalar, y: Arrays) -> Arrays:
+        return self.equations.field(t, y)
+
+    def kept(self, t: Scalar, state: Arrays, slope: Arrays) -> Arrays:
+        del t, state
+        return slope
+
+    def total(self, slopes: Arrays) -> Arrays:
+        return slopes
+
+    def before(self, i: Array, slopes: Arrays) -> Arrays:
+        return tree.contract(jnp.asarray(self.a)[i], slopes)
+
+    def after(self, y: Arrays, h: Scalar, stages: Stages) -> Arrays:
+        del y, h
+        return tree.map(lambda leaf: leaf[-1], stages.states)
+
+    @property
+    def further_evaluations(self) -> int:
+        return 0
 
 
 class ESDIRK(AbstractSolver):
@@ -141,41 +213,49 @@ class ESDIRK(AbstractSolver):
         return dataclasses.replace(self, tolerance=tolerance)
 
     def step(self, problem: Problem, interval: Interval, state: Arrays, first: Arrays | None) -> Step:
-        stages = self._solved(problem, interval, state, first)
-        slopes = [tree.map(lambda leaf, i=i: leaf[i], stages.slopes) for i in range(self.tableau.stages)]
-        after = tree.map(lambda leaf: jnp.where(stages.converged, leaf[-1], jnp.nan), stages.states)
-        h = interval.end - interval.start
+        del first
+        treatment, h = self.treatment(problem), interval.end - interval.start
+        stages = self._solved(treatment, interval, state)
+        total = treatment.total(stages.slopes)
+        slopes = [tree.map(lambda leaf, i=i: leaf[i], total) for i in range(self.tableau.stages)]
+        after = treatment.after(state, h, stages)
+        after = tree.map(lambda leaf: jnp.where(stages.converged, leaf, jnp.nan), after)
         error = tree.scale(h, tree.weighted_sum(self.tableau.error, slopes))
-        return Step(interval, state, after, tuple(slopes), error, stages.iterations)
+        return Step(interval, state, after, tuple(slopes), error, stages.evaluations)
 
-    def _solved(self, problem: Problem, interval: Interval, y: Arrays, first: Arrays | None) -> _Stages:
-        tableau, h, count = self.tableau, interval.end - interval.start, self.tableau.stages
-        first = problem.field(interval.first, y) if first is None else first
-        inverse = self._inverse(problem, interval, y)
-        tolerance, times, a = self.newton.tolerance(self.tolerance), self._times(interval), jnp.asarray(self._matrix)
+    def treatment(self, problem: Problem) -> AbstractTreatment:
+        """How the problem's field enters the stages."""
+        return _AsAWhole(problem, self.tableau.matrix)
+
+    def _solved(self, treatment: AbstractTreatment, interval: Interval, y: Arrays) -> Stages:
+        tableau, h, count, equations = self.tableau, interval.end - interval.start, self.tableau.stages, treatment.equations
+        inverse = self._inverse(equations, interval, y)
+        tolerance, times = self.newton.tolerance(self.tolerance), self._times(interval)
         guesses = jnp.asarray(_extrapolation(tableau.c))
 
-        def next_stage(i: Array, stages: _Stages) -> _Stages:
-            base = tree.add(y, tree.scale(h, tree.contract(a[i], stages.slopes)))
-            equation = StageEquation(problem, times[i], base, tableau.gamma * h)
+        def next_stage(i: Array, stages: Stages) -> Stages:
+            base = tree.add(y, tree.scale(h, treatment.before(i, stages.slopes)))
+            equation = StageEquation(equations, times[i], base, tableau.gamma * h)
             still, states = equation.standing_still(), jax.lax.stop_gradient(stages.states)
             solved = self.newton.solve(still, tree.contract(guesses[i], states), inverse, tolerance, stages.rate)
             slope = differentiable(solved.slope, equation, self.jacobian)
-            return _Stages(
-                states=tree.put(stages.states, i, equation.state(slope)),
-                slopes=tree.put(stages.slopes, i, slope),
+            state = equation.state(slope)
+            return Stages(
+                states=tree.put(stages.states, i, state),
+                slopes=tree.put(stages.slopes, i, treatment.kept(times[i], state, slope)),
                 converged=stages.converged & solved.converged,
                 rate=solved.rate,
-                iterations=stages.iterations + solved.iterations,
+                evaluations=stages.evaluations + solved.iterations,
             )
 
-        linear = inverse.solve(jax.lax.stop_gradient(tree.scale(tableau.c[1] * h, first)))
-        start = _Stages(
+        first = treatment.first(interval.first, y)
+        linear = inverse.solve(jax.lax.stop_gradient(tree.scale(tableau.c[1] * h, treatment.total(first))))
+        start = Stages(
             states=tree.buffer(count, y),
-            slopes=tree.put(tree.buffer(count, y), jnp.int32(0), first),
+            slopes=tree.put(tree.buffer(count, first), jnp.int32(0), first),
             converged=jnp.array(True),
             rate=jnp.ones((), h.dtype),
-            iterations=jnp.zeros((), jnp.int32),
+            evaluations=jnp.full((), treatment.further_evaluations, jnp.int32),
         )
         states = tree.put(start.states, jnp.int32(0), y)
         # The second stage has no earlier one to start from: a step of the linearly implicit Euler method stands in its
@@ -191,12 +271,6 @@ class ESDIRK(AbstractSolver):
 
     def _times(self, interval: Interval) -> Float[Array, " stages"]:
         return jnp.stack([stage_time(interval, node) for node in self.tableau.c])
-
-    @property
-    def _matrix(self) -> Float[np.ndarray, "stages stages"]:
-        """`a`, without its diagonal."""
-        count = self.tableau.stages
-        return np.array([row + (0.0,) * (count - len(row)) for row in self.tableau.a])
 
     def blank_step(self, t: Scalar, state: Arrays) -> Step:
         stages = (tree.zeros_like(state),) * self.tableau.stages
@@ -249,7 +323,8 @@ class ESDIRK(AbstractSolver):
         self, problem: Problem, interval: Interval, state: Arrays, cotangent: StepOutputs
     ) -> tuple[Arrays, Parameters]:
         tableau, h = self.tableau, interval.end - interval.start
-        stages, times, rows = self._solved(problem, interval, state, None), self._times(interval), tableau.rows
+        stages = self._solved(self.treatment(problem), interval, state)
+        times, rows = self._times(interval), tableau.rows
 
         def inverse_at(t: Scalar, y: Arrays) -> AbstractInverse:
             return self.jacobian.inverse(problem, t, y, tableau.gamma * h)
