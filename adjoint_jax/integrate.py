@@ -421,7 +421,7 @@ class _GridLoop(NamedTuple):
 
 
 SMALL_ARRAY_BYTES = 512
-LONGEST_CHUNK = 32
+LONGEST_CHUNK = 8
 
 
 def chunk_length(notes: PyTree[Array]) -> int:

@@ -5,8 +5,7 @@ notes at a time (`write`); they announce the end of every *segment* of chunks (`
 a `vmap`: a lane that had nothing to record in a slot has a step of no length there, so that all writes are slice updates.
 
 Chunks exist for small states: XLA:CPU runs the operations of a loop body one after the other, at some 40 ns each, if no
-array in it exceeds 512 bytes, and else hands them to a scheduler that costs several times as much. So notes are many small
-arrays rather than a large one.
+array in it exceeds 512 bytes, and else hands them to a scheduler that costs several times as much.
 """
 
 import abc
@@ -103,7 +102,7 @@ class RowRecorder(AbstractRecorder):
     the segment covers, in blocks. So a step costs one write, hundreds of times inside it cost one pass, and lanes that
     have come to different times share all indices."""
 
-    longest_segment: ClassVar[int] = 128
+    longest_segment: ClassVar[int] = 64
     segment_bytes: ClassVar[int] = 64 * 1024
 
     rows: Rows
@@ -129,11 +128,11 @@ class RowRecorder(AbstractRecorder):
 
         return Window(_empty_interpolants(problem, self.solver, layout.segment), tree.map(initial, at_t0))
 
-    def note(self, step: Step, accepted: Bool[Array, ""]) -> "InterpolantNote":
-        return InterpolantNote.of(self.solver, step, accepted)
+    def note(self, step: Step, accepted: Bool[Array, ""]) -> Interpolant:
+        return _interpolant(self.solver, step, accepted)
 
-    def write(self, record: Window, place: Place, notes: "InterpolantNote") -> Window:
-        return record._replace(recent=tree.put_block(record.recent, place.position, notes.together()))
+    def write(self, record: Window, place: Place, notes: Interpolant) -> Window:
+        return record._replace(recent=tree.put_block(record.recent, place.position, notes))
 
     def wants_dense(self, start: Scalar, end: Scalar) -> Bool[Array, ""]:
         return jnp.any((self.rows.ts - start) * (self.rows.ts - end) <= 0)
@@ -206,11 +205,11 @@ class DenseRecorder(AbstractRecorder):
     def start(self, problem: Problem, layout: Layout) -> Interpolant:
         return _empty_interpolants(problem, self.solver, layout.slots)
 
-    def note(self, step: Step, accepted: Bool[Array, ""]) -> "InterpolantNote":
-        return InterpolantNote.of(self.solver, step, accepted)
+    def note(self, step: Step, accepted: Bool[Array, ""]) -> Interpolant:
+        return _interpolant(self.solver, step, accepted)
 
-    def write(self, record: Interpolant, place: Place, notes: "InterpolantNote") -> Interpolant:
-        return tree.put_block(record, place.slot, notes.together())
+    def write(self, record: Interpolant, place: Place, notes: Interpolant) -> Interpolant:
+        return tree.put_block(record, place.slot, notes)
 
 
 class QuadratureRecorder(AbstractRecorder):
@@ -251,25 +250,10 @@ class QuadratureRecorder(AbstractRecorder):
         return tree.add(record, self.integral(notes))
 
 
-class InterpolantNote(NamedTuple):
-    """A step's interpolant, each power's coefficients in arrays of their own."""
-
-    start: Scalar
-    end: Scalar
-    y0: Arrays
-    powers: tuple[Arrays, ...]
-
-    @staticmethod
-    def of(solver: AbstractSolver, step: Step, accepted: Bool[Array, ""]) -> "InterpolantNote":
-        """That of a step, of no length if the step was not accepted."""
-        start, end, y0, coefficients = solver.interpolant(step)
-        powers = tuple(tree.map(lambda leaf, p=p: leaf[p], coefficients) for p in range(solver.dense_degree))
-        return InterpolantNote(start, jnp.where(accepted, end, start), y0, powers)
-
-    def together(self) -> Interpolant:
-        """The interpolants of many notes."""
-        coefficients = tree.map(lambda *leaves: jnp.stack(leaves, axis=1), *self.powers)
-        return Interpolant(self.start, self.end, self.y0, coefficients)
+def _interpolant(solver: AbstractSolver, step: Step, accepted: Bool[Array, ""]) -> Interpolant:
+    """The step's interpolant, of no length if the step was not accepted."""
+    interpolant = solver.interpolant(step)
+    return interpolant._replace(end=jnp.where(accepted, interpolant.end, interpolant.start))
 
 
 def _empty_interpolants(problem: Problem, solver: AbstractSolver, count: int) -> Interpolant:

@@ -170,3 +170,35 @@ def test_reaction_and_diffusion_against_an_explicit_method():
     (got, steps), _ = reaction_and_diffusion("dense")
     np.testing.assert_allclose(got, exact @ np.cos(np.arange(2.0 * NODES)), rtol=1e-3)
     assert steps < 150
+
+
+# The reverse ODE has the same Jacobian, transposed
+
+
+LOWER_BAND = np.triu(np.tril(np.sin(np.arange(36.0)).reshape(6, 6), 1), -2) - 20.0 * np.diag(np.arange(1.0, 7.0))
+
+
+def driven(t, y, rate):
+    """A band of one diagonal above and two below; not linear, and not autonomous."""
+    return rate * (LOWER_BAND @ y) + 0.3 * jnp.sin(t + y)
+
+
+def driven_jac(t, y, rate):
+    return rate * jnp.asarray(LOWER_BAND) + 0.3 * jnp.diag(jnp.cos(t + y))
+
+
+@pytest.mark.parametrize("adjoint", [aj.InterpolatingAdjoint(), aj.GaussAdjoint()], ids=["interpolating", "gauss"])
+def test_continuous_adjoints_use_the_structure(adjoint):
+    """A Jacobian of the user's, and a band that is not symmetric, against the whole one and against a tighter solve."""
+
+    def gradient(jacobian, adjoint, rtol):
+        def loss(y0, rate):
+            options = {"solver": aj.Rodas5P(jacobian), "controller": aj.PIDController(rtol, rtol), "adjoint": adjoint}
+            return jnp.sum(jnp.sin(jnp.arange(6.0) + aj.solve(driven, 0.0, 2.0, y0, rate, **options).ys[0]))
+
+        return jit(jax.grad(loss, (0, 1)))(jnp.cos(jnp.arange(6.0)), 1.1)
+
+    whole = gradient(aj.DenseJacobian(), adjoint, 1e-7)
+    compare(gradient(aj.DenseJacobian(driven_jac), adjoint, 1e-7), whole, 1e-8)
+    compare(gradient(aj.BandedJacobian(2, 1), adjoint, 1e-7), whole, 1e-8)
+    compare(whole, gradient(aj.DenseJacobian(), aj.DiscreteAdjoint(), 1e-10), 1e-5)

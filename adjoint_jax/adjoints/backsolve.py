@@ -26,6 +26,8 @@ from adjoint_jax.adjoints.reverse_ode import (
 from adjoint_jax.adjoints.trail import Way
 from adjoint_jax.controllers.controller import AbstractController, positive
 from adjoint_jax.integrate import Integrator
+from adjoint_jax.linear.dense import DenseJacobian
+from adjoint_jax.linear.jacobian import AbstractJacobian
 from adjoint_jax.problem import Problem
 from adjoint_jax.recorders import AbstractRecorder, RowRecorder
 from adjoint_jax.saveat import Rows
@@ -126,3 +128,8 @@ class _Backward(AbstractReverseSystem):
 
     def velocity(self, rates: Adjoint) -> tuple[Arrays, Arrays]:
         return rates.y, rates.a
+
+    def jacobian(self, forward: AbstractJacobian) -> AbstractJacobian:
+        """That of both together, which has no structure."""
+        del forward
+        return DenseJacobian()

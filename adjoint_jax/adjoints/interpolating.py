@@ -19,6 +19,7 @@ from adjoint_jax.adjoints.reverse_ode import (
     AbstractReverseSystem,
     Adjoint,
     Observations,
+    OfAdjoint,
     Reverse,
     ReverseState,
     over_stages,
@@ -31,6 +32,7 @@ from adjoint_jax.controllers.controller import AbstractController
 from adjoint_jax.integrate import Integrator
 from adjoint_jax.interpolation import Interpolant
 from adjoint_jax.lanes import any_lane
+from adjoint_jax.linear.jacobian import AbstractJacobian
 from adjoint_jax.problem import Problem
 from adjoint_jax.recorders import AbstractRecorder
 from adjoint_jax.solution import Status
@@ -186,3 +188,6 @@ class _Along(AbstractReverseSystem):
 
     def velocity(self, rates: Adjoint) -> Arrays:
         return rates.a
+
+    def jacobian(self, forward: AbstractJacobian) -> AbstractJacobian:
+        return OfAdjoint(forward, self)

@@ -10,6 +10,7 @@ accepted steps.
 """
 
 import abc
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ from adjoint_jax.adjoints.trail import Way
 from adjoint_jax.controllers.controller import AbstractController
 from adjoint_jax.controllers.step_sizes import ConstantStepSize
 from adjoint_jax.integrate import Integrator
+from adjoint_jax.linear.jacobian import AbstractInverse, AbstractJacobian
 from adjoint_jax.problem import Parameters, Problem, Rates
 from adjoint_jax.quadrature import Nodes
 from adjoint_jax.recorders import AbstractRecorder, QuadratureRecorder
@@ -61,6 +63,10 @@ class AbstractReverseSystem(eqx.Module):
     def velocity(self, rates: Adjoint) -> Arrays:
         """The derivative of the ODE's state, from those of y and a."""
 
+    @abc.abstractmethod
+    def jacobian(self, forward: AbstractJacobian) -> AbstractJacobian:
+        """That of the reverse ODE, where `forward` is how the vector field's is computed and solved with."""
+
     def field(self, t: Scalar, state: Arrays, args: PyTree[Any]) -> Arrays:
         """The reverse ODE."""
         del args
@@ -80,6 +86,36 @@ class AbstractReverseSystem(eqx.Module):
         gradient = jax.vjp(rates, self.problem.parameters)[1](weighted)[0]
         taken = jnp.any(weights != 0)
         return tree.where(taken, gradient, tree.zeros_like(gradient))
+
+
+class OfAdjoint(AbstractJacobian):
+    """The Jacobian of the reverse ODE for a(t) alone. It is -J^T, where J is the vector field's at y(t); so I - h (-J^T) is
+    the transpose of I - (-h) J, whose structure, whatever it is, serves both."""
+
+    forward: AbstractJacobian
+    system: AbstractReverseSystem
+
+    def inverse(self, problem: Problem, t: Scalar, y: Arrays, g: Scalar) -> AbstractInverse:
+        del problem
+        return _Transposed(self.forward.inverse(self.system.problem, t, self.system.adjoint(t, y).y, -g))
+
+
+class _Transposed(AbstractInverse):
+    """The transpose of another inverse."""
+
+    inverse: AbstractInverse
+
+    def times(self, right: Float[Array, " n"]) -> Float[Array, " n"]:
+        return self.inverse.transposed_times(right)
+
+    def transposed_times(self, right: Float[Array, " n"]) -> Float[Array, " n"]:
+        return self.inverse.times(right)
+
+    def solve(self, right: Arrays) -> Arrays:
+        return self.inverse.solve_transposed(right)
+
+    def solve_transposed(self, right: Arrays) -> Arrays:
+        return self.inverse.solve(right)
 
 
 class ReverseState(NamedTuple):
@@ -118,9 +154,10 @@ class Reverse(NamedTuple):
     def to(self, system: AbstractReverseSystem, start: ReverseState, t: Scalar) -> ReverseState:
         """Integrate backward to t. After a failure there is nothing to integrate, and values mean nothing."""
         problem = Problem(system.field, None, None, start.state, start.t, t)
-        recorders = [self.quadrature(system, start)]
-        outcome = self.integrator.restarted(start.h)(problem, recorders, start.status == Status.SUCCESS)
-        report, state = outcome.report, self.integrator.solver.output(outcome.state)
+        recorders, integrator = [self.quadrature(system, start)], self.integrator.restarted(start.h)
+        integrator = dataclasses.replace(integrator, method=integrator.method.with_jacobian(system.jacobian))
+        outcome = integrator(problem, recorders, start.status == Status.SUCCESS)
+        report, state = outcome.report, integrator.solver.output(outcome.state)
         h = jnp.where(report.stats.accepted > 0, jnp.abs(report.h), start.h)
         there = start._replace(t=t, state=state, parameters=outcome.records[0], h=h)
         return there.failing(report.status != Status.SUCCESS, report.status, report.reached)

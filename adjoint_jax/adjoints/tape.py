@@ -21,7 +21,7 @@ from adjoint_jax import tree
 from adjoint_jax.adjoints.adjoint import Inputs
 from adjoint_jax.adjoints.keep import AbstractKeep, bytes_kept, shapes_kept
 from adjoint_jax.adjoints.memory import Kept, Memory
-from adjoint_jax.adjoints.revolve import division, repetitions, reversible_segments
+from adjoint_jax.adjoints.revolve import division, places, repetitions, reversible_segments
 from adjoint_jax.adjoints.trail import AbstractTrail, Carry, Segment, Walked, Way
 from adjoint_jax.integrate import Integrator, chunk_length, round_up
 from adjoint_jax.lanes import max_lane
@@ -38,7 +38,8 @@ class Tape(AbstractTrail):
     """The times of all steps; what is kept of every step of the last segment; the states at checkpoints. Buffers are longer
     than segments and steps by up to a chunk, so that every chunk lies inside.
 
-    Checkpoint j stands at the start of segment j * stride."""
+    Checkpoints stand at the starts of the segments that `places` tells: on a given grid where they are best, else at those
+    of every `stride`th."""
 
     times: Float[Array, " times"]
     recent: Any
@@ -54,8 +55,18 @@ class Tape(AbstractTrail):
     def memory(self, way: Way) -> Memory:
         del way
         kept = Kept.rows(self.keep.what, self.recent), Kept.rows("checkpoints", self.checkpoints)
-        again = repetitions(self.layout.checkpoints, self.layout.segments)
-        return Memory((*kept, Kept.rows("times", self.times)), self.layout.segment, self.layout.segments, again)
+        layout = self.layout
+        again = repetitions(layout.checkpoints, layout.segments, known=layout.places is not None)
+        return Memory((*kept, Kept.rows("times", self.times)), layout.segment, layout.segments, again)
+
+    @property
+    def places(self) -> Int[Array, " checkpoints"]:
+        """The segments of checkpoints; those that there will be no use for lie behind the last segment."""
+        layout = self.layout
+        if layout.places is None:
+            return jnp.arange(layout.checkpoints, dtype=jnp.int32) * self.stride
+        unused = (layout.segments,) * (layout.checkpoints - len(layout.places))
+        return jnp.asarray(layout.places + unused, jnp.int32)
 
     def walk_back(self, way: Way, visit: Callable[[Segment, Carry], Carry], carry: Carry) -> Walked:
         count, segment = max_lane(way.report.slots), self.layout.segment
@@ -65,22 +76,25 @@ class Tape(AbstractTrail):
 
         def visit_last(going: _Going) -> _Going:
             index = going.left - 1
-            begin = index * segment
+            begin, known = index * segment, index == segments - 1
             end = jnp.minimum(count, begin + segment)
-            state, stack = self._first_state(way, index, going.stack)
-            kept = self._replay(way, begin, jnp.where(index == segments - 1, begin, end), state, going.kept)
+            state, stack = self._first_state(way, index, known, going.stack)
+            kept = self._replay(way, begin, jnp.where(known, begin, end), state, going.kept)
             return _Going(index, stack, kept, visit(Segment(begin, end - begin, kept), going.carry))
 
         going = _Going(segments, _Stack.of(self, segments), self.recent, carry)
         return Walked(jax.lax.while_loop(lambda going: going.left > 0, visit_last, going).carry, None)
 
-    def _first_state(self, way: Way, index: Int[Array, ""], stack: "_Stack") -> tuple[Arrays, "_Stack"]:
-        """The state at the start of a segment, and the checkpoints without that one."""
+    def _first_state(
+        self, way: Way, index: Int[Array, ""], known: Bool[Array, ""], stack: "_Stack"
+    ) -> tuple[Arrays, "_Stack"]:
+        """The state at the start of a segment, or any if the segment's steps are known; and the checkpoints without that
+        one."""
         if self.layout.checkpoints == self.layout.segments:
             return tree.take(stack.states, index), stack
         stack = self._divide(way, stack, index + 1)
         at = tree.take(stack.at, stack.top)
-        state = self._advance(way, tree.take(stack.states, stack.top), at, index)
+        state = self._advance(way, tree.take(stack.states, stack.top), at, jnp.where(known, at, index))
         return state, stack._replace(top=stack.top - (at == index))
 
     def _divide(self, way: Way, stack: "_Stack", left: Int[Array, ""]) -> "_Stack":
@@ -134,8 +148,13 @@ class _Stack(NamedTuple):
 
     @staticmethod
     def of(tape: Tape, segments: Int[Array, ""]) -> "_Stack":
-        places = jnp.arange(tape.layout.checkpoints, dtype=jnp.int32) * tape.stride
-        return _Stack(jnp.maximum(segments - 1, 0) // tape.stride, places, tape.checkpoints)
+        places = tape.places
+        return _Stack(_last(places, jnp.maximum(segments - 1, 0)), places, tape.checkpoints)
+
+
+def _last(places: Int[Array, " checkpoints"], index: Int[Array, ""]) -> Int[Array, ""]:
+    """Which is the last of some ascending places that is not behind an index."""
+    return jnp.sum(places <= index, dtype=jnp.int32) - 1
 
 
 class _Going(NamedTuple):
@@ -148,13 +167,14 @@ class _Going(NamedTuple):
 
 
 class TapeLayout(NamedTuple):
-    """Static sizes: steps in a segment, steps in a chunk, checkpoints, and the largest number of segments; and whether the
-    loss may depend on interpolants."""
+    """Static sizes: steps in a segment, steps in a chunk, checkpoints, and the largest number of segments; the segments of
+    checkpoints, where they are known; and whether the loss may depend on interpolants."""
 
     segment: int
     chunk: int
     checkpoints: int
     segments: int
+    places: tuple[int, ...] | None
     interpolated: bool
 
 
@@ -174,6 +194,7 @@ class TapeRecorder(AbstractRecorder):
     length: int = eqx.field(static=True)
     checkpoints: int = eqx.field(static=True)
     slots: int = eqx.field(static=True)
+    on_grid: bool = eqx.field(static=True)
     interpolated: bool = eqx.field(static=True)
 
     @property
@@ -184,7 +205,9 @@ class TapeRecorder(AbstractRecorder):
         segment = layout.slots if self.length >= self.slots else round_up(self.length, layout.segment)
         chunk = chunk_length(tree.buffer(self.solver.dense_degree, problem.y0))
         segments = math.ceil(layout.slots / segment)
-        sizes = TapeLayout(segment, chunk, min(self.checkpoints, segments), segments, self.interpolated)
+        checkpoints = min(self.checkpoints, segments)
+        best = tuple(places(checkpoints, segments)) if self.on_grid and checkpoints < segments else None
+        sizes = TapeLayout(segment, chunk, checkpoints, segments, best, self.interpolated)
         kept = shapes_kept(self.keep, problem, self.solver, interpolated=self.interpolated)
         return Tape(
             times=jnp.full(layout.slots + chunk + 1, problem.t0),
@@ -214,13 +237,14 @@ class TapeRecorder(AbstractRecorder):
     def flush(self, record: Tape, place: Place, now: Scalar) -> Tape:
         del now
         index = jnp.maximum(place.slot - 1, 0) // record.layout.segment
-        first = self.keep.state(tree.take(record.recent, jnp.int32(0)))
-        if record.layout.checkpoints < record.layout.segments:
+        first, layout = self.keep.state(tree.take(record.recent, jnp.int32(0))), record.layout
+        if layout.checkpoints == layout.segments:
+            return dataclasses.replace(record, checkpoints=tree.put(record.checkpoints, index, first))
+        if layout.places is None:
             record = _thinned(record, index)
-        checkpoints = tree.put(record.checkpoints, index // record.stride, first)
-        if record.layout.checkpoints < record.layout.segments:
-            checkpoints = tree.where(index % record.stride == 0, checkpoints, record.checkpoints)
-        return dataclasses.replace(record, checkpoints=checkpoints)
+        at = _last(record.places, index)
+        here = tree.where(tree.take(record.places, at) == index, first, tree.take(record.checkpoints, at))
+        return dataclasses.replace(record, checkpoints=tree.put(record.checkpoints, at, here))
 
 
 def _thinned(tape: Tape, index: Int[Array, ""]) -> Tape:
@@ -253,4 +277,5 @@ def tape_recorder(
     if checkpoints is not None:
         length = min(length, math.ceil(slots / checkpoints))
     length = max(1, min(slots, keep.segment(length, kept_bytes)))
-    return TapeRecorder(problem, solver, keep, length, checkpoints or max(1, 2 * root), slots, requests.interpolated)
+    kept = checkpoints or max(1, 2 * root)
+    return TapeRecorder(problem, solver, keep, length, kept, slots, is_grid, requests.interpolated)

@@ -11,12 +11,19 @@ from adjoint_jax import tree
 from adjoint_jax.interpolation import Interpolant
 from adjoint_jax.lanes import any_lane
 from adjoint_jax.linear.dense import DenseJacobian
-from adjoint_jax.linear.jacobian import AbstractJacobian, check_jacobian
+from adjoint_jax.linear.jacobian import AbstractJacobian
 from adjoint_jax.problem import Interval, Parameters, Problem
 from adjoint_jax.quadrature import Nodes, gauss_legendre
 from adjoint_jax.solvers.methods import Tsit5
 from adjoint_jax.solvers.rosenbrock_methods import Rodas5P
-from adjoint_jax.solvers.solver import AbstractSolver, Step, StepOutputs, through_interpolant, with_cost
+from adjoint_jax.solvers.solver import (
+    AbstractImplicitSolver,
+    AbstractSolver,
+    Step,
+    StepOutputs,
+    through_interpolant,
+    with_cost,
+)
 from adjoint_jax.tree import Arrays, Scalar
 
 LIMIT = 3.0
@@ -35,7 +42,7 @@ class Watched(NamedTuple):
     doubt: Scalar
 
 
-class AutoSolver(AbstractSolver):
+class AutoSolver(AbstractImplicitSolver):
     """Tsit5 where the problem is not stiff, Rodas5P where it is: order 5(4), dense output of order 4.
 
     The largest rate of the field is estimated by one product with its Jacobian a step, a power iteration along the
@@ -50,9 +57,6 @@ class AutoSolver(AbstractSolver):
     """
 
     jacobian: AbstractJacobian = DenseJacobian()
-
-    def __check_init__(self) -> None:
-        check_jacobian(self.jacobian, type(self).__name__)
 
     @property
     def order(self) -> int:

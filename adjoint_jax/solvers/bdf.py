@@ -12,11 +12,11 @@ from jaxtyping import Array, Bool, Float
 from adjoint_jax import tree
 from adjoint_jax.interpolation import Interpolant
 from adjoint_jax.linear.dense import DenseJacobian
-from adjoint_jax.linear.jacobian import AbstractJacobian, check_jacobian
+from adjoint_jax.linear.jacobian import AbstractJacobian
 from adjoint_jax.problem import Interval, Problem
 from adjoint_jax.quadrature import Nodes, gauss_legendre
 from adjoint_jax.solvers.newton import SimplifiedNewton, Solved, StageEquation, differentiable
-from adjoint_jax.solvers.solver import AbstractSolver, Step
+from adjoint_jax.solvers.solver import AbstractImplicitSolver, Step
 from adjoint_jax.tolerance import Rounding, Tolerance
 from adjoint_jax.tree import Arrays, Scalar
 
@@ -46,7 +46,7 @@ class Differences(NamedTuple):
         return tree.map(lambda y, rest: jnp.concatenate([y[None], rest]), self.y, self.higher)
 
 
-class BDF(AbstractSolver):
+class BDF(AbstractImplicitSolver):
     r"""Numerical differentiation formulas of order 1 to 5, with quasi-constant steps: one nonlinear system and one
     factorisation a step. For large or expensive stiff systems.
 
@@ -69,9 +69,6 @@ class BDF(AbstractSolver):
     newton: SimplifiedNewton = SimplifiedNewton()
     tolerance: Tolerance | None = eqx.field(default=None, kw_only=True)
     """The controller's, which `within` sets."""
-
-    def __check_init__(self) -> None:
-        check_jacobian(self.jacobian, type(self).__name__)
 
     @property
     def order(self) -> int:

@@ -15,11 +15,11 @@ from jaxtyping import Array, Bool, Float, Int
 from adjoint_jax import tree
 from adjoint_jax.interpolation import Interpolant
 from adjoint_jax.linear.dense import DenseJacobian
-from adjoint_jax.linear.jacobian import AbstractInverse, AbstractJacobian, check_jacobian
+from adjoint_jax.linear.jacobian import AbstractInverse, AbstractJacobian
 from adjoint_jax.problem import Interval, Parameters, Problem, Rates
 from adjoint_jax.quadrature import Nodes
 from adjoint_jax.solvers.newton import SimplifiedNewton, StageEquation, differentiable
-from adjoint_jax.solvers.solver import AbstractSolver, Step, StepOutputs, pullback_at, stage_time
+from adjoint_jax.solvers.solver import AbstractImplicitSolver, Step, StepOutputs, pullback_at, stage_time
 from adjoint_jax.tolerance import Tolerance
 from adjoint_jax.tree import Arrays, Scalar
 
@@ -168,7 +168,7 @@ class _AsAWhole(AbstractTreatment):
         return 0
 
 
-class ESDIRK(AbstractSolver):
+class ESDIRK(AbstractImplicitSolver):
     """The diagonally implicit Runge-Kutta method of a tableau: one Jacobian and one factorisation a step, with which the
     stages' equations are solved by simplified Newton iterations. A step whose iterations do not converge is rejected; on
     a given grid it ends the integration.
@@ -189,9 +189,6 @@ class ESDIRK(AbstractSolver):
     newton: SimplifiedNewton = SimplifiedNewton()
     tolerance: Tolerance | None = eqx.field(default=None, kw_only=True)
     """The controller's, which `within` sets."""
-
-    def __check_init__(self) -> None:
-        check_jacobian(self.jacobian, type(self).__name__)
 
     @property
     def order(self) -> int:

@@ -1,6 +1,7 @@
 """What a method is: one step, its dense output, its quadrature, and the transpose of all that."""
 
 import abc
+import dataclasses
 from collections.abc import Callable
 from typing import ClassVar, NamedTuple
 
@@ -10,6 +11,7 @@ from jaxtyping import Array, Int
 
 from adjoint_jax import tree
 from adjoint_jax.interpolation import Interpolant
+from adjoint_jax.linear.jacobian import AbstractJacobian, check_jacobian
 from adjoint_jax.problem import Interval, Parameters, Problem, Rates
 from adjoint_jax.quadrature import Nodes, Rule, cost_of
 from adjoint_jax.tolerance import Tolerance
@@ -94,6 +96,11 @@ class AbstractSolver(eqx.Module):
         del tolerance
         return self
 
+    def with_jacobian(self, change: Callable[[AbstractJacobian], AbstractJacobian]) -> "AbstractSolver":
+        """The same method, with another way to solve its linear systems in place of its own, if it has any."""
+        del change
+        return self
+
     def start(self, problem: Problem) -> Arrays:
         """The method's state at t0."""
         return problem.y0
@@ -153,6 +160,18 @@ class AbstractSolver(eqx.Module):
     def from_output(self, state: Arrays, cotangent: Arrays) -> Arrays:
         """The transpose of `output`: the derivative with respect to a state like `state`, of that with respect to y."""
         return jax.vjp(self.output, state)[1](cotangent)[0]
+
+
+class AbstractImplicitSolver(AbstractSolver):
+    """A method that solves linear systems with the Jacobian of the vector field."""
+
+    jacobian: eqx.AbstractVar[AbstractJacobian]
+
+    def __check_init__(self) -> None:
+        check_jacobian(self.jacobian, type(self).__name__)
+
+    def with_jacobian(self, change: Callable[[AbstractJacobian], AbstractJacobian]) -> "AbstractSolver":
+        return dataclasses.replace(self, jacobian=change(self.jacobian))
 
 
 def pullback_at(problem: Problem, t: Scalar, y: Arrays) -> tuple[Rates, Pullback]:
