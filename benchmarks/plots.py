@@ -22,6 +22,7 @@ FAMILIES = {
     "torch": "Reds",
     "SciPy": "RdPu",
     "CVODES": "copper",
+    "diffsol": "YlOrBr",
     "bare": "Greys",
 }
 """Colours by the beginnings of names."""
