@@ -21,8 +21,8 @@ FAMILIES = {
     "gradsolve": "Purples",
     "torch": "Reds",
     "SciPy": "RdPu",
-    "CVODES": "copper",
-    "diffsol": "YlOrBr",
+    "CVODES": "cividis",
+    "diffsol": "Greens",
     "bare": "Greys",
 }
 """Colours by the beginnings of names."""

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import matplotlib
 import numpy as np
 from tqdm import tqdm
-from which_adjoint import POINTS, gradient, heat, options, pendulum, rod, temperature
+from which_adjoint import POINTS, gradient, options, pendulum, rod, temperature
 
 import adjoint_jax as aj
 from adjoint_jax.diagnostics import memory_plan

@@ -82,6 +82,7 @@ def test_gradients_are_exact_for_the_computed_solution(case, controller):
     assert float(sum(jnp.sum(g * d).real for g, d in pairs)) == pytest.approx(float(forward), rel=1e-10)
 
 
+@pytest.mark.slow
 def test_gradients_of_a_stiff_problem_agree():
     def loss(rates, adjoint):
         options = {"solver": aj.BDF(), "controller": aj.PIDController(1e-7, 1e-11), "adjoint": adjoint}

@@ -29,7 +29,7 @@ UNSTABLE = {("heat", "backsolve"), ("heat", "reversible")}
 """What cannot be: the reversed flow and the reversible method are unstable. They have tests of their own."""
 SAME_AS_CHECKPOINTS = {(name, "discrete") for name in PROBLEMS if name != "lotka_volterra"}
 """Any number of checkpoints gives the same gradient: tested below."""
-LONG = {"forced", "network", "mixed"}
+LONG = {"complex", "forced", "network", "mixed"}
 """Problems that take long to compile."""
 MATRIX = [
     pytest.param(name, method, marks=[pytest.mark.slow] if name in LONG else [])

@@ -290,6 +290,7 @@ def stiff_gradient():
     return jit(jax.grad(functools.partial(stiff_loss, adjoint=aj.DiscreteAdjoint()), argnums=(0, 1)))(START, RATES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adjoint", [aj.InterpolatingAdjoint()], ids=["interpolating"])
 def test_continuous_adjoints_of_a_stiff_problem(adjoint):
     gradient = jit(jax.grad(functools.partial(stiff_loss, adjoint=adjoint), argnums=(0, 1)))(START, RATES)
