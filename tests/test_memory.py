@@ -88,6 +88,23 @@ def test_interpolating_memory_grows_with_the_square_root(adjoint):
         assert states(adjoint, aj.FixedSteps(steps)) < (1 + 1 + 4) * math.sqrt(steps) + WORK + steps * 4 * TIMES
 
 
+def test_forward_mode_memory_is_flat():
+    """Of one derivative: the state and its tangent, whatever the number of steps."""
+
+    def taken(steps):
+        def end(args):
+            options = {"solver": aj.RK4(), "controller": aj.FixedSteps(steps), "adjoint": aj.ForwardMode()}
+            return aj.solve(field, 0.0, 1.0, jnp.ones(SIZE, jnp.float32), args, throw=False, **options).ys
+
+        derivative = jax.jit(jax.jacfwd(end)).lower(jax.ShapeDtypeStruct((), jnp.float32)).compile()
+        return derivative.memory_analysis().temp_size_in_bytes / STATE
+
+    few, some, many = (taken(steps) for steps in (100, 1000, 10_000))
+    assert few < WORK
+    assert some <= few + 1000 * 4 * TIMES + 1
+    assert many <= few + 10_000 * 4 * TIMES + 1
+
+
 def test_default_memory_of_small_states_keeps_them_all():
     """Up to 16 MiB of them: about 1,000 of this size."""
     assert 1000 <= states(aj.DiscreteAdjoint(), aj.FixedSteps(1000)) < 1000 + 2 * WORK
