@@ -11,16 +11,19 @@ from typing import Any
 
 import jax
 from tqdm import tqdm
-from which_adjoint import ADJOINTS, markdown
+from which_adjoint import ADJOINTS, markdown, options
 
-import adjoint_jax as aj
 from adjoint_jax.diagnostics import compare_adjoints
 
 sys.path.append(str(Path(__file__).parent.parent / "tests"))
 from problems import PROBLEMS
 from test_contract import RANDOM, contract_problem, loss, true_loss
 
-REVERSE = {name: adjoint for name, adjoint in ADJOINTS.items() if name not in ("Discrete(checkpoints=4)", "ForwardMode")}
+REVERSE = {
+    name: {"adjoint": adjoint, "solver": options(adjoint)["solver"]}
+    for name, adjoint in ADJOINTS.items()
+    if name not in ("Discrete(checkpoints=4)", "ForwardMode")
+}
 """Those whose gradients differ."""
 
 
@@ -29,13 +32,12 @@ def rows(name: str) -> list[str]:
     respect to y0, all parameters, t0, t1 and every save time, against the derivative of the true solution."""
     case = contract_problem(name)
 
-    def of_method(inputs: Any, adjoint: Any) -> Any:
-        solver = aj.Reversible(aj.Tsit5()) if isinstance(adjoint, aj.ReversibleAdjoint) else aj.Tsit5()
-        return loss(case, solver, adjoint, inputs, RANDOM, 1e-6)
+    def of_method(inputs: Any, method: Any) -> Any:
+        return loss(case, method["solver"], method["adjoint"], inputs, RANDOM, 1e-6)
 
     reference = functools.partial(true_loss, case)
-    options = {"reference": lambda inputs: reference(inputs, RANDOM), "repeats": 1, "count": False}
-    found = compare_adjoints(of_method, case.inputs, REVERSE, **options)
+    settings = {"reference": lambda inputs: reference(inputs, RANDOM), "repeats": 1, "count": False}
+    found = compare_adjoints(of_method, case.inputs, REVERSE, **settings)
     return [_cell(row) for row in found.rows]
 
 
