@@ -202,3 +202,18 @@ def test_continuous_adjoints_use_the_structure(adjoint):
     compare(gradient(aj.DenseJacobian(driven_jac), adjoint, 1e-7), whole, 1e-8)
     compare(gradient(aj.BandedJacobian(2, 1), adjoint, 1e-7), whole, 1e-8)
     compare(whole, gradient(aj.DenseJacobian(), aj.DiscreteAdjoint(), 1e-10), 1e-5)
+
+
+@pytest.mark.parametrize("solver", [aj.Rodas5P, aj.Kvaerno5])
+def test_continuous_adjoints_of_complex_states(solver):
+    """Cotangents of complex numbers are paired with tangents without a conjugate, also in the transposed systems."""
+
+    def gradient(adjoint):
+        def loss(z0, rate):
+            options = {"solver": solver(), "controller": aj.PIDController(1e-9, 1e-9), "adjoint": adjoint}
+            z = aj.solve(lambda t, z, rate: rate * z - 0.3 * z * jnp.abs(z) ** 2, 0.0, 2.0, z0, rate, **options).ys[0]
+            return jnp.sum(z.real - 2.0 * z.imag + jnp.abs(z) ** 2)
+
+        return jit(jax.grad(loss, (0, 1)))(jnp.array([0.8 + 0.3j, -0.4 + 0.9j]), jnp.array([-0.4 + 3.0j, -20.0 + 1.0j]))
+
+    compare(gradient(aj.InterpolatingAdjoint()), gradient(aj.DiscreteAdjoint()), 1e-6)
