@@ -1,6 +1,6 @@
 """Functions as pytrees that hold every array they close over, so that derivatives have no other road to take."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import equinox as eqx
@@ -27,8 +27,12 @@ class Hoisted(eqx.Module):
     structure: Any = eqx.field(static=True)
 
     def __call__(self, t: Scalar, y: Arrays, args: PyTree[Any]) -> PyTree[Array]:
+        return self.evaluated(jax.core.eval_jaxpr, t, y, args)
+
+    def evaluated(self, evaluate: Callable[..., list[Any]], t: Scalar, y: Arrays, args: PyTree[Any]) -> PyTree[Array]:
+        """What the function returns, where something like `jax.core.eval_jaxpr` evaluates its program."""
         inputs = jax.tree.leaves(eqx.filter((t, y, args), eqx.is_array))
-        outputs = jax.core.eval_jaxpr(self.jaxpr, self.arrays, *inputs)
+        outputs = evaluate(self.jaxpr, self.arrays, *inputs)
         return jax.tree.unflatten(self.structure, [jnp.asarray(output) for output in outputs])
 
 
@@ -41,3 +45,15 @@ def hoisted(function: Function, t: Scalar, y: Arrays, args: PyTree[Any]) -> Hois
 
     closed, shapes = jax.make_jaxpr(traced, return_shape=True)(dynamic)
     return Hoisted(closed.consts, closed.jaxpr, jax.tree.structure(shapes))
+
+
+def interpreted(jaxpr: Any, values: Sequence[Any], rule: Callable[[Any, list[Any]], Sequence[Any]]) -> list[Any]:
+    """The results of a program, of whose equations each is computed by `rule(equation, operands)`."""
+    known = dict(zip([*jaxpr.constvars, *jaxpr.invars], values, strict=True))
+
+    def read(variable: Any) -> Any:
+        return variable.val if hasattr(variable, "val") else known[variable]
+
+    for equation in jaxpr.eqns:
+        known.update(zip(equation.outvars, rule(equation, [read(v) for v in equation.invars]), strict=True))
+    return [read(variable) for variable in jaxpr.outvars]

@@ -63,7 +63,7 @@ class Integrator(eqx.Module):
 
     def __call__(self, problem: Problem, recorders: Sequence[AbstractRecorder], valid: Bool[Array, ""]) -> Outcome:
         """Integrate from t0 to t1. If not `valid`, report `Status.INVALID_TIMES` instead of taking any step."""
-        grid = self.controller.grid(problem.t0, problem.t1)
+        problem, grid = problem.for_steps(), self.controller.grid(problem.t0, problem.t1)
         if grid is None:
             assert isinstance(self.controller, AbstractStepSize)
             loop = _SteppingLoop(problem, self.solver, self.controller, tuple(recorders), self.max_steps)
@@ -147,7 +147,9 @@ class _SteppingLoop(NamedTuple):
                 return p.going & (p.place.position < layout.segment)
 
             place = progress.place._replace(position=zero, segment_start=progress.walk.t)
-            progress = jax.lax.while_loop(unfilled, fill_chunk, progress._replace(place=place))
+            progress = progress._replace(place=place)
+            one_chunk = layout.chunk == layout.segment
+            progress = fill_chunk(progress) if one_chunk else jax.lax.while_loop(unfilled, fill_chunk, progress)
             pairs = zip(self.recorders, progress.records, strict=True)
             flushed = tuple(recorder.flush(record, progress.place, progress.walk.t) for recorder, record in pairs)
             return progress._replace(records=flushed)
@@ -159,7 +161,12 @@ class _SteppingLoop(NamedTuple):
 
     def _layout(self, blank: tuple[Any, ...]) -> Layout:
         limit = min(_limits(recorder.segment_limit for recorder in self.recorders), default=None)
-        chunk = min([chunk_length(blank), *_limits(recorder.longest_chunk for recorder in self.recorders)])
+        chunk = min(
+            [
+                chunk_length(blank, self.problem.scalars_per_array),
+                *_limits(recorder.longest_chunk for recorder in self.recorders),
+            ]
+        )
         if limit is None:
             slots = round_up(self.max_steps, chunk)
             return Layout(slots, slots, chunk)
@@ -421,13 +428,16 @@ class _GridLoop(NamedTuple):
 
 
 SMALL_ARRAY_BYTES = 512
-LONGEST_CHUNK = 8
+LONGEST_CHUNK = 32
+LONGEST_CHUNK_OF_SCALARS = 8
+"""Lanes are computed in scalars, and notes of many lanes are large."""
 
 
-def chunk_length(notes: PyTree[Array]) -> int:
-    """How many notes a chunk holds: a power of two, so that no array of it is large (see `recorders`)."""
-    largest = max((leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(notes)), default=1)
-    chunk = LONGEST_CHUNK
+def chunk_length(notes: PyTree[Array], leaves_together: int = 1) -> int:
+    """How many notes a chunk holds: a power of two, so that no array of it is large (see `recorders`), or no so many
+    arrays together."""
+    largest = max((leaves_together * leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(notes)), default=1)
+    chunk = LONGEST_CHUNK if leaves_together == 1 else LONGEST_CHUNK_OF_SCALARS
     while chunk > 1 and chunk * largest > SMALL_ARRAY_BYTES:
         chunk //= 2
     return chunk

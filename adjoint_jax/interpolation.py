@@ -1,5 +1,7 @@
 """Dense output: a step's interpolant, and the interpolant of a whole trajectory."""
 
+import itertools
+import operator
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -24,15 +26,15 @@ class Interpolant(NamedTuple):
         """The state at t, in the dtype of y0. A step of no length gives y0."""
         return tree.map(lambda y, q: y + _horner(self.fraction(t), q), self.y0, self.coefficients)
 
-    def fraction(self, t: Scalar) -> Scalar:
-        """The place of t in the step: 0 at its start, 1 at its end."""
+    def fraction(self, t: Float[Array, "..."]) -> Float[Array, "..."]:
+        """The place of a time, or of many, in the step: 0 at its start, 1 at its end."""
         length = self.end - self.start
         return jnp.where(length == 0, 0.0, (t - self.start) / jnp.where(length == 0, 1.0, length))
 
 
-def powers(fraction: Scalar, degree: int) -> Float[Array, " degree"]:
+def powers(fraction: Float[Array, "..."], degree: int) -> list[Float[Array, "..."]]:
     """s, s^2, ..., s^degree: the weights of an interpolant's coefficients."""
-    return fraction ** jnp.arange(1, degree + 1)
+    return list(itertools.accumulate([fraction] * degree, operator.mul))
 
 
 def _horner(fraction: Scalar, coefficients: Array) -> Array:

@@ -1,5 +1,6 @@
 """The initial value problem: everything that receives a gradient."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -9,7 +10,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float, PyTree
 
 from adjoint_jax import tree
-from adjoint_jax.hoisting import hoisted
+from adjoint_jax.hoisting import Hoisted, hoisted
+from adjoint_jax.scalars import ScalarProgram
+from adjoint_jax.stacks import with_selections
 from adjoint_jax.tree import Arrays, Scalar
 
 VectorField = Callable[[Scalar, PyTree[Any], PyTree[Any]], PyTree[Any]]
@@ -93,9 +96,23 @@ class Problem(eqx.Module):
         """dy/dt and the running cost."""
         return Rates(self.field(t, y), () if self.running_cost is None else self.running_cost(t, y, self.args))
 
+    @property
+    def is_in_scalars(self) -> bool:
+        """Whether its state and its parameters are tuples of scalars, and nothing else is computed with."""
+        return isinstance(self.vector_field, ScalarProgram)
+
+    @property
+    def scalars_per_array(self) -> int:
+        """How many leaves of the state stand for an array, at most."""
+        return self.vector_field.largest if isinstance(self.vector_field, ScalarProgram) else 1
+
     def zero_cost(self) -> Arrays:
         """No cost, with the structure, shapes and dtypes of the running cost."""
         return tree.zeros_like(jax.eval_shape(self.rates, self.t0, self.y0).cost)
+
+    def for_steps(self) -> "Problem":
+        """The same problem, with a vector field that is a few kernels if it is one of scalars."""
+        return dataclasses.replace(self, vector_field=_for_steps(self.vector_field))
 
     def without_cost(self) -> "Problem":
         """The problem of the solution alone."""
@@ -138,6 +155,12 @@ def hoist(vector_field: VectorField, t: Scalar, y: Arrays, args: PyTree[Any]) ->
         return jax.tree.map(_like, dy, y)
 
     return hoisted(checked, t, y, args)
+
+
+def _for_steps(vector_field: VectorField) -> VectorField:
+    if isinstance(vector_field, Split):
+        return vector_field.mapped(_for_steps)
+    return with_selections(vector_field) if isinstance(vector_field, Hoisted) else vector_field
 
 
 def hoist_running_cost(running_cost: RunningCost | None, t: Scalar, y: Arrays, args: PyTree[Any]) -> RunningCost | None:

@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from adjoint_jax import tree
 from adjoint_jax.interpolation import Interpolant
-from adjoint_jax.lanes import max_lane, min_lane
+from adjoint_jax.lanes import max_lane, min_lane, once_for_lanes
 from adjoint_jax.problem import Problem
 from adjoint_jax.quadrature import Nodes
 from adjoint_jax.saveat import Rows
@@ -90,11 +90,37 @@ class AbstractRecorder(eqx.Module):
         return jnp.array(True)
 
 
+class InterpolantNote(NamedTuple):
+    """An interpolant with its coefficients in parts, so that arrays of many of them are small; or many, along a leading
+    axis."""
+
+    start: Scalar | Float[Array, " steps"]
+    end: Scalar | Float[Array, " steps"]
+    y0: Arrays
+    coefficients: list[Arrays]
+
+    @staticmethod
+    def of(interpolant: Interpolant) -> "InterpolantNote":
+        """Powers apart, unless the state is scalars."""
+        start, end, y0, coefficients = interpolant
+        return InterpolantNote(start, end, y0, [coefficients] if _is_scalars(y0) else tree.parts(coefficients))
+
+    def interpolant(self) -> Interpolant:
+        """The one, not many."""
+        return Interpolant(self.start, self.end, self.y0, tree.joined(self.coefficients))
+
+
+def _is_scalars(y: Arrays) -> bool:
+    return all(leaf.ndim == 0 for leaf in jax.tree.leaves(y))
+
+
 class Window(NamedTuple):
     """A row recorder's interpolants of this segment's steps, and all rows."""
 
-    recent: Interpolant
+    recent: InterpolantNote
     rows: Arrays
+    saved: Int[Array, ""]
+    """The number of rows that are known."""
 
 
 class RowRecorder(AbstractRecorder):
@@ -102,7 +128,7 @@ class RowRecorder(AbstractRecorder):
     the segment covers, in blocks. So a step costs one write, hundreds of times inside it cost one pass, and lanes that
     have come to different times share all indices."""
 
-    longest_segment: ClassVar[int] = 64
+    longest_segment: ClassVar[int] = 32
     segment_bytes: ClassVar[int] = 64 * 1024
 
     rows: Rows
@@ -126,12 +152,13 @@ class RowRecorder(AbstractRecorder):
             is_t0 = (self.rows.ts == problem.t0).reshape(-1, *[1] * value.ndim)
             return jnp.where(is_t0, value, jnp.asarray(unknown, value.dtype))
 
-        return Window(_empty_interpolants(problem, self.solver, layout.segment), tree.map(initial, at_t0))
+        recent = jax.vmap(InterpolantNote.of)(_empty_interpolants(problem, self.solver, layout.segment))
+        return Window(recent, tree.map(initial, at_t0), jnp.sum(self.rows.ts == problem.t0, dtype=jnp.int32))
 
-    def note(self, step: Step, accepted: Bool[Array, ""]) -> Interpolant:
-        return _interpolant(self.solver, step, accepted)
+    def note(self, step: Step, accepted: Bool[Array, ""]) -> InterpolantNote:
+        return _noted(self.solver, step, accepted)
 
-    def write(self, record: Window, place: Place, notes: Interpolant) -> Window:
+    def write(self, record: Window, place: Place, notes: InterpolantNote) -> Window:
         return record._replace(recent=tree.put_block(record.recent, place.position, notes))
 
     def wants_dense(self, start: Scalar, end: Scalar) -> Bool[Array, ""]:
@@ -139,34 +166,32 @@ class RowRecorder(AbstractRecorder):
 
     def flush(self, record: Window, place: Place, now: Scalar) -> Window:
         ts = self.rows.ts
-        direction = jnp.where(now < place.segment_start, -1, 1).astype(now.dtype)
+        direction = jnp.where(now < self.problem.t0, -1, 1).astype(now.dtype)
         block = min(len(ts), self.segment_limit)
         filled = jnp.arange(record.recent.end.shape[0]) < place.position
         ends = jnp.where(filled, record.recent.end * direction, jnp.inf)
-
-        def count_until(t: Scalar) -> Int[Array, ""]:
-            return jnp.sum(ts * direction <= t * direction, dtype=jnp.int32)
+        saved = jnp.sum(ts * direction <= now * direction, dtype=jnp.int32)
 
         def save_block(carry: tuple[Int[Array, ""], Arrays]) -> tuple[Int[Array, ""], Arrays]:
             begin, rows = carry
             index = jnp.minimum(begin, len(ts) - block)
-            times = jax.lax.dynamic_slice_in_dim(ts, index, block)
-            covered = (times * direction > place.segment_start * direction) & (times * direction <= now * direction)
+            times, places = jax.lax.dynamic_slice_in_dim(ts, index, block), index + jnp.arange(block)
+            wanted = (places >= record.saved) & (places < saved)
             steps = jnp.sum(ends < (times * direction)[:, None], axis=1, dtype=jnp.int32)
             steps = jax.lax.optimization_barrier(steps)
-            interpolants = tree.map(lambda leaf: leaf[jnp.where(covered, steps, 0)], record.recent)
-            new = jax.vmap(self._row)(jnp.where(covered, times, interpolants.start), interpolants)
+            interpolants = tree.map(lambda leaf: leaf[jnp.where(wanted, steps, 0)], record.recent)
+            new = jax.vmap(self._row)(jnp.where(wanted, times, interpolants.start), interpolants)
             old = tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, index, block), rows)
-            new = jax.vmap(tree.where)(covered, new, old)
+            new = jax.vmap(tree.where)(wanted, new, old)
             rows = tree.map(lambda leaf, part: jax.lax.dynamic_update_slice_in_dim(leaf, part, index, 0), rows, new)
             return begin + block, rows
 
-        last = max_lane(count_until(now))
-        first = min_lane(count_until(place.segment_start))
-        return record._replace(rows=jax.lax.while_loop(lambda c: c[0] < last, save_block, (first, record.rows))[1])
+        start, last = (min_lane(record.saved), record.rows), max_lane(saved)
+        rows = jax.lax.while_loop(lambda carry: carry[0] < last, save_block, start)[1]
+        return Window(record.recent, rows, saved)
 
-    def _row(self, t: Scalar, interpolant: Interpolant) -> Arrays:
-        return self.rows.apply(t, interpolant.evaluate(t), self.problem.args)
+    def _row(self, t: Scalar, note: InterpolantNote) -> Arrays:
+        return self.rows.apply(t, note.interpolant().evaluate(t), self.problem.args)
 
 
 class States(NamedTuple):
@@ -205,11 +230,11 @@ class DenseRecorder(AbstractRecorder):
     def start(self, problem: Problem, layout: Layout) -> Interpolant:
         return _empty_interpolants(problem, self.solver, layout.slots)
 
-    def note(self, step: Step, accepted: Bool[Array, ""]) -> Interpolant:
-        return _interpolant(self.solver, step, accepted)
+    def note(self, step: Step, accepted: Bool[Array, ""]) -> InterpolantNote:
+        return _noted(self.solver, step, accepted)
 
-    def write(self, record: Interpolant, place: Place, notes: Interpolant) -> Interpolant:
-        return tree.put_block(record, place.slot, notes)
+    def write(self, record: Interpolant, place: Place, notes: InterpolantNote) -> Interpolant:
+        return tree.put_block(record, place.slot, jax.vmap(InterpolantNote.interpolant)(notes))
 
 
 class QuadratureRecorder(AbstractRecorder):
@@ -250,10 +275,10 @@ class QuadratureRecorder(AbstractRecorder):
         return tree.add(record, self.integral(notes))
 
 
-def _interpolant(solver: AbstractSolver, step: Step, accepted: Bool[Array, ""]) -> Interpolant:
+def _noted(solver: AbstractSolver, step: Step, accepted: Bool[Array, ""]) -> InterpolantNote:
     """The step's interpolant, of no length if the step was not accepted."""
-    interpolant = solver.interpolant(step)
-    return interpolant._replace(end=jnp.where(accepted, interpolant.end, interpolant.start))
+    interpolant = solver.interpolant(step._replace(stages=once_for_lanes(accepted, step.stages)))
+    return InterpolantNote.of(interpolant._replace(end=jnp.where(accepted, interpolant.end, interpolant.start)))
 
 
 def _empty_interpolants(problem: Problem, solver: AbstractSolver, count: int) -> Interpolant:

@@ -36,6 +36,12 @@ class Tolerance(AbstractTolerance):
     atol: PyTree[Any]
     norm: Callable[[PyTree[Any]], Scalar] = eqx.field(static=True, default=rms_norm)
 
+    @property
+    def is_uniform(self) -> bool:
+        """Whether it is the same for all entries of y, however they are arranged."""
+        numbers = jax.tree_util.all_leaves((self.rtol, self.atol))
+        return numbers and self.norm is rms_norm and jnp.ndim(self.rtol) == jnp.ndim(self.atol) == 0
+
     def ratio(self, error: Arrays, y0: Arrays, y1: Arrays) -> Scalar:
         rtol, atol = _broadcast_prefix("rtol", self.rtol, y0), _broadcast_prefix("atol", self.atol, y0)
 

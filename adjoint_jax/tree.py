@@ -92,6 +92,22 @@ def stack(trees: Sequence[Arrays]) -> Arrays:
     return map(lambda *leaves: jnp.stack(leaves), *trees)
 
 
+def unstack(stacked: Arrays, count: int) -> list[Arrays]:
+    """The `count` trees along the leading axis."""
+    return [map(lambda leaf, i=i: leaf[i], stacked) for i in range(count)]
+
+
+def parts(stacked: Arrays) -> list[Arrays]:
+    """One part for each index of the leading axis, which all leaves share, with a leading axis of one."""
+    count = min((leaf.shape[0] for leaf in jax.tree.leaves(stacked)), default=0)
+    return [map(lambda leaf, i=i: leaf[i : i + 1], stacked) for i in range(count)]
+
+
+def joined(several: Sequence[Arrays]) -> Arrays:
+    """Parts joined along their leading axes."""
+    return map(lambda *leaves: jnp.concatenate(leaves), *several)
+
+
 def pairing(cotangent: Arrays, tangent: Arrays) -> Inexact[Array, ""]:
     """The pairing <cotangent, tangent> in JAX's convention (real part, no conjugate): the cotangent of a real scalar
     along which the tree moves with velocity `tangent`. Nothing comes of a cotangent that is zero, even where the tangent

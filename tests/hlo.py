@@ -5,7 +5,8 @@ import re
 from typing import NamedTuple
 
 COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) .*\{$")
-INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?[\w.\-]+ = (\(.*?\)|\S+) ([\w\-]+)\((.*)$")
+INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)$")
+BYTES = {"pred": 1, "s8": 1, "u8": 1, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8}
 CALLED = re.compile(
     r"(?:body|condition|calls|to_apply|branch_computations|true_computation|false_computation)=\{?([^,}]*(?:, %[^,}]*)*)"
 )
@@ -15,17 +16,29 @@ COLLECTIVES = {"all-reduce", "all-gather", "all-to-all", "collective-permute", "
 
 
 class Instruction(NamedTuple):
-    """Its operation, the text of its shape, and the computations that it calls."""
+    """Its name, its operation, the text of its shape, the computations that it calls, and what follows its operation."""
 
+    name: str
     operation: str
     shape: str
     called: tuple[str, ...]
+    rest: str
 
     @property
     def size(self) -> int:
         """The number of entries of its results."""
         shapes = [text.split(",") if text else [] for text in re.findall(r"\w+\[([\d,]*)\]", self.shape)]
         return sum(math.prod(map(int, shape)) for shape in shapes)
+
+    @property
+    def largest_array(self) -> int:
+        """Bytes of the largest of its results."""
+        arrays = re.findall(r"(\w+)\[([\d,]*)\]", self.shape)
+        return max((BYTES[kind] * math.prod(map(int, filter(None, shape.split(",")))) for kind, shape in arrays), default=0)
+
+    @property
+    def operands(self) -> list[str]:
+        return re.findall(r"%([\w.\-]+)", self.rest.partition("), ")[0])
 
 
 class Program:
@@ -39,16 +52,16 @@ class Program:
                 current = self.computations.setdefault(match[1], [])
             elif match := INSTRUCTION.match(line):
                 called = [name.strip(" %") for group in CALLED.findall(line) for name in group.split(",")]
-                current.append(Instruction(match[2].removesuffix("-start"), match[1], tuple(called)))
+                name, shape, operation, rest = match.groups()
+                current.append(Instruction(name, operation.removesuffix("-start"), shape, tuple(called), rest))
 
     def loops(self) -> dict[str, list[Instruction]]:
-        """The bodies of all loops, each with its condition, without loops within them."""
+        """The bodies of all loops, each with its condition, by whose name it goes, without loops within them."""
         loops = {}
         for instructions in self.computations.values():
             for instruction in instructions:
                 if instruction.operation == "while":
-                    body = next(name for name in instruction.called if name in self.computations and name)
-                    loops[body] = [i for name in instruction.called for i in self._straight(name)]
+                    loops[instruction.called[0]] = [i for name in instruction.called for i in self._straight(name)]
         return loops
 
     def _straight(self, name):
@@ -62,6 +75,17 @@ class Program:
     def kernels(self) -> dict[str, int]:
         """How many instructions of every loop's body do something."""
         return {name: sum(i.operation not in FREE | {"call"} for i in body) for name, body in self.loops().items()}
+
+    def largest_arrays(self) -> dict[str, int]:
+        """Bytes of the largest array that is read or written in every loop's body, loops within it included."""
+        loops = {i.called[0]: i for i in self.all() if i.operation == "while"}
+        return {name: max(map(self._largest_array, loop.called)) for name, loop in loops.items()}
+
+    def _largest_array(self, computation: str) -> int:
+        known = {i.name: i for i in self.computations[computation]}
+        used = [known[o] for i in known.values() if i.operation not in FREE - {"while"} for o in i.operands]
+        carried = [known[o] for i in used if i.operation == "tuple" for o in i.operands]
+        return max((i.largest_array for i in [*used, *carried] if not i.shape.startswith("(")), default=0)
 
     def all(self) -> list[Instruction]:
         """The instructions of all computations."""

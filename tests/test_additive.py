@@ -75,6 +75,7 @@ def test_global_order_of_steps_and_dense_output():
     assert 3.6 < observed_order(inside, 2)[0] < 4.9
 
 
+@pytest.mark.slow
 def test_stiffness_of_the_implicit_part_does_not_limit_steps():
     """Diffusion by a banded Jacobian, reaction explicitly: as few steps and the same solution as with all of it implicit,
     where an explicit method needs many."""

@@ -75,7 +75,7 @@ def gradient(kind):
     return jit(jax.grad(functools.partial(loss, kind())))
 
 
-@pytest.mark.parametrize("mu", [1.0, 200.0])
+@pytest.mark.parametrize("mu", [pytest.param(1.0, marks=[pytest.mark.slow]), 200.0])
 def test_gradients(mu):
     """Each step is transposed by the method that took it."""
     t1 = 0.8 * mu if mu > 1 else 5.0

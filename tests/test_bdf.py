@@ -69,6 +69,7 @@ def test_the_order_rises():
     assert 100 < solution.stats.accepted < 500
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("case", "controller"), [("backward", aj.PIDController(1e-4, 1e-6))])
 def test_gradients_are_exact_for_the_computed_solution(case, controller):
     """`DiscreteAdjoint` against forward sensitivities in a random direction of all inputs."""
@@ -94,6 +95,7 @@ def test_gradients_of_a_stiff_problem_agree():
     compare(RATES * interpolating, RATES * discrete, 2e-4)
 
 
+@pytest.mark.slow
 def test_lanes():
     """Lanes of different stiffness, one of which blows up: the others have the values and gradients of single solves."""
 

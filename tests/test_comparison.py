@@ -79,6 +79,7 @@ def test_counts_are_those_of_the_method():
     assert rows["forward"].backward == Counts(0, 4 * stages, 4 * stages)
 
 
+@pytest.mark.slow
 def test_forward_counts_are_those_of_the_statistics():
     """Rejected steps and the first step's estimate included; two lanes count twice."""
     options = {"solver": aj.Bosh3(), "controller": aj.PIDController(rtol=1e-4, atol=1e-6)}

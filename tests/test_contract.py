@@ -29,7 +29,7 @@ UNSTABLE = {("heat", "backsolve"), ("heat", "reversible")}
 """What cannot be: the reversed flow and the reversible method are unstable. They have tests of their own."""
 SAME_AS_CHECKPOINTS = {(name, "discrete") for name in PROBLEMS if name != "lotka_volterra"}
 """Any number of checkpoints gives the same gradient: tested below."""
-LONG = {"complex", "forced", "network", "mixed"}
+LONG = {"complex", "forced", "network", "mixed", "heat"}
 """Problems that take long to compile."""
 MATRIX = [
     pytest.param(name, method, marks=[pytest.mark.slow] if name in LONG else [])
@@ -216,7 +216,7 @@ def test_exact_adjoints_equal_forward_mode_to_rounding(name, method):
 
 TOLERANCE = 1e-6
 EVERY_METHOD = METHODS | {"forward mode": (aj.Heun(), aj.ForwardMode())}
-QUICK = {("linear", "backsolve"), ("linear", "checkpoints")}
+QUICK = {("linear", "checkpoints")}
 EVERY_PAIR = [
     pytest.param(name, method, marks=[] if (name, method) in QUICK else [pytest.mark.slow])
     for name in PROBLEMS

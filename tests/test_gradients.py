@@ -403,6 +403,7 @@ def test_hessian_vector_products_of_the_discrete_adjoint_are_exact():
         compare(jax.tree.map(lambda leaf, lane=lane: leaf[lane], got), wanted, 1e-10, f"lane {lane}")
 
 
+@pytest.mark.slow
 def test_hessian_vector_products_of_backsolve():
     options = {"solver": aj.Bosh3(), "controller": aj.PIDController(rtol=1e-9, atol=1e-10), "max_steps": 8192}
 

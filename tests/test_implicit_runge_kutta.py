@@ -306,6 +306,7 @@ def test_the_gradient_of_a_stiff_problem():
         assert float(RATES[i] * stiff_gradient()[1][i]) == pytest.approx(float(difference), rel=1e-4, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_hessian_vector_products():
     """Forward over reverse against forward over forward: iterations are never differentiated."""
     case = problem("lotka_volterra")

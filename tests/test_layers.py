@@ -14,6 +14,8 @@ ROOMS = (
     "tree",
     "forward_only",
     "hoisting",
+    "scalars",
+    "stacks",
     "problem",
     "interpolation",
     "quadrature",

@@ -187,7 +187,13 @@ def driven_jac(t, y, rate):
     return rate * jnp.asarray(LOWER_BAND) + 0.3 * jnp.diag(jnp.cos(t + y))
 
 
-@pytest.mark.parametrize("adjoint", [aj.InterpolatingAdjoint(), aj.GaussAdjoint()], ids=["interpolating", "gauss"])
+@pytest.mark.parametrize(
+    "adjoint",
+    [
+        pytest.param(aj.InterpolatingAdjoint(), id="interpolating", marks=pytest.mark.slow),
+        pytest.param(aj.GaussAdjoint(), id="gauss", marks=pytest.mark.slow),
+    ],
+)
 def test_continuous_adjoints_use_the_structure(adjoint):
     """A Jacobian of the user's, and a band that is not symmetric, against the whole one and against a tighter solve."""
 
@@ -204,7 +210,7 @@ def test_continuous_adjoints_use_the_structure(adjoint):
     compare(whole, gradient(aj.DenseJacobian(), aj.DiscreteAdjoint(), 1e-10), 1e-5)
 
 
-@pytest.mark.parametrize("solver", [aj.Rodas5P, aj.Kvaerno5])
+@pytest.mark.parametrize("solver", [pytest.param(aj.Rodas5P, marks=[pytest.mark.slow]), aj.Kvaerno5])
 def test_continuous_adjoints_of_complex_states(solver):
     """Cotangents of complex numbers are paired with tangents without a conjugate, also in the transposed systems."""
 

@@ -64,6 +64,7 @@ def with_mass(t, y, rate):
     return {"v": both[0], "x": both[1]}
 
 
+@pytest.mark.slow
 def test_a_mass_matrix_that_can_be_inverted_changes_nothing():
     """Rosenbrock methods are invariant under a constant change of equations, to rounding: steps, values and gradients."""
 

@@ -191,8 +191,8 @@ def jumping(t, y, args):
 @pytest.mark.parametrize(
     ("solver", "controller", "t1"),
     [
-        ("Reversible(Bosh3)", "jumps", 1.5),
-        ("Reversible(RK4, 0.9)", "fixed", -1.5),
+        pytest.param("Reversible(Bosh3)", "jumps", 1.5, marks=[pytest.mark.slow]),
+        pytest.param("Reversible(RK4, 0.9)", "fixed", -1.5, marks=[pytest.mark.slow]),
         ("ReversibleHeun", "adaptive", -1.5),
         ("AsynchronousLeapfrog(0.9)", "fixed", -1.5),
     ],
@@ -296,6 +296,7 @@ def test_evaluations_are_counted_exactly(solver, controller, saveat):
     assert int(solution.stats.evaluations) == counted.calls
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adjoint", [aj.InterpolatingAdjoint()], ids=type)
 def test_dense_output_through_continuous_adjoints(adjoint):
     """They start the method anew at every step: the gradient is that of the exact adjoint, up to the method's error."""

@@ -20,7 +20,7 @@ LARGEST = dict.fromkeys(("robertson_1e4", "robertson_1e8", "robertson_dae_1e4", 
     "orego": 200
 }
 """Errors in tolerances."""
-LONG = {"pollu", "hires"}
+LONG = {"pollu", "hires", "orego"}
 ILL_CONDITIONED = {"van_der_pol_1000": ((1e-6, 1e-7, 1e-9), 1e6), "van_der_pol_100000": ((1e-9, 1e-10, 1e-11), 1e10)}
 """Tolerances, and errors in tolerances. Where these oscillators jump, the state's errors are multiplied by mu in the slope,
 and once more in its derivatives: CVODES's adjoint at its tightest tolerances is off by 2e-4 and by 0.65."""
@@ -77,9 +77,8 @@ def test_values_and_gradients_of_relaxation_oscillations(name):
     check(name, *ILL_CONDITIONED[name])
 
 
-@pytest.mark.parametrize(
-    ("nodes", "t1", "steps"), [(64, 10.0, 4096), pytest.param(512, 0.5, 8192, marks=[pytest.mark.slow])]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("nodes", "t1", "steps"), [(64, 10.0, 4096), (512, 0.5, 8192)])
 def test_values_and_gradients_of_reaction_and_diffusion(nodes, t1, steps):
     """With a band for the Jacobian; against the classical Runge-Kutta method in steps so short that it is stable."""
     problem = brusselator(nodes, t1)

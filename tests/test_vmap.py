@@ -96,7 +96,7 @@ def test_lanes_equal_single_solves(single, names):
         assert_close(lane_of(together, lane), alone)
 
 
-@pytest.mark.parametrize("controller", ["jumps", "constant", "fixed"])
+@pytest.mark.parametrize("controller", ["jumps", pytest.param("constant", marks=[pytest.mark.slow]), "fixed"])
 def test_lanes_of_every_controller_equal_single_solves(single, controller):
     inputs = BASE | {name: LANES[name] for name in ("y0", "mu", "t0", "t1")}
     inputs["ts"] = np.array([0.2, 0.9, 0.9, 1.9])

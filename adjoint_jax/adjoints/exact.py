@@ -70,7 +70,7 @@ def _solve(inputs: Inputs, run: Run, adjoint: AbstractExactAdjoint) -> tuple[Sav
     return integrate(inputs, run)
 
 
-class _Residuals(NamedTuple):
+class Residuals(NamedTuple):
     """The trail; the method's last state; the states at save times whose own derivative is wanted; the report."""
 
     trail: AbstractTrail
@@ -79,10 +79,10 @@ class _Residuals(NamedTuple):
     report: Report
 
 
-@_solve.def_fwd
-def _forward(
+def forward(
     perturbed: Inputs, inputs: Inputs, run: Run, adjoint: AbstractExactAdjoint
-) -> tuple[tuple[Saved, Report], _Residuals]:
+) -> tuple[tuple[Saved, Report], Residuals]:
+    """The solve, and what its derivative needs."""
     integrator = run.integrator
     wanted = recorders(inputs, integrator)
     times_wanted = [rows.ts for rows in perturbed.requests.rows]
@@ -91,19 +91,19 @@ def _forward(
     outcome = integrator(inputs.problem, [*wanted, *extra, *adjoint.recorders(integrator, inputs)], run.valid)
     states = iter(outcome.records[len(wanted) :])
     row_states = tuple(next(states).rows if is_wanted else None for is_wanted in times_wanted)
-    residuals = _Residuals(outcome.records[-1], outcome.state, row_states, outcome.report)
+    residuals = Residuals(outcome.records[-1], outcome.state, row_states, outcome.report)
     return (saved(inputs, integrator, outcome), outcome.report), residuals
 
 
-@_solve.def_bwd
-def _backward(
-    residuals: _Residuals,
+def backward(
+    residuals: Residuals,
     cotangent: tuple[Saved, Report],
     perturbed: Inputs,
     inputs: Inputs,
     run: Run,
     adjoint: AbstractExactAdjoint,
 ) -> Inputs:
+    """The derivatives with respect to all inputs."""
     integrator, requests, solver = run.integrator, inputs.requests, run.integrator.solver
     problem = inputs.problem.without_cost() if is_zero(cotangent[0].cost) else inputs.problem
     sweep = _Sweep(Way(problem, integrator, residuals.report, residuals.last), requests, residuals.trail, cotangent[0])
@@ -135,6 +135,10 @@ def _backward(
     return gradient_once(Inputs(problem_cotangent(inputs.problem, parameters, a0, ends), requested))
 
 
+_solve.def_fwd(forward)
+_solve.def_bwd(backward)
+
+
 class _Swept(NamedTuple):
     """What the reverse sweep carries: dJ/d(the method's state), dJ/dparameters, and what was pulled back of the rows."""
 
@@ -152,7 +156,8 @@ class _KeptSteps(NamedTuple):
 
 
 class _Observed(NamedTuple):
-    """What the loss says directly of a chunk of steps: of y behind them and before them, and of their interpolants."""
+    """What the loss says directly of a step, or of a chunk of them: of y behind it and before it, and of its interpolant's
+    coefficients."""
 
     y1: Arrays | None
     y0: Arrays | None
@@ -220,49 +225,62 @@ class _Sweep:
                 tree.take_block(segment.kept, first, chunk),
             )
             valid = jnp.minimum(chunk, segment.steps - first)
-            swept, observed = self._observed_inside(slot, valid, steps, swept)
-            return self._reverse_steps(valid, steps, observed, swept)
+            return self._reverse_steps(valid, steps, self._observed(slot), swept)
 
         return jax.lax.fori_loop(0, chunks, reverse_chunk, swept)
 
-    def _reverse_steps(self, count: Int[Array, ""], steps: _KeptSteps, observed: _Observed, swept: _Swept) -> _Swept:
-        """Reverse the first `count` steps of a chunk."""
+    def _observed(self, slot: Int[Array, ""]) -> _Observed:
+        """What the loss says of a chunk of steps through saved steps and dense output."""
 
-        def reverse_step(reversed_index: Array, carry: tuple[Arrays, Parameters]) -> tuple[Arrays, Parameters]:
-            a, parameters = carry
-            start, end, kept = tree.take(steps, count - 1 - reversed_index)
-            interval, state = self.way.interval(start, end), self.trail.keep.state(kept)
-            y1, y0, coefficients = tree.take(observed, count - 1 - reversed_index)
-            a = a if y1 is None else tree.add(a, self.solver.from_output(state, y1))
+        def chunk_of(slots: Arrays | None) -> Arrays | None:
+            return None if slots is None else tree.take_block(slots, slot, self.trail.chunk)
+
+        return _Observed(chunk_of(self.states), chunk_of(self.dense_y0), chunk_of(self.dense_coefficients))
+
+    def _reverse_steps(self, count: Int[Array, ""], steps: _KeptSteps, observed: _Observed, swept: _Swept) -> _Swept:
+        """Reverse the first `count` steps of a chunk. Rows are pulled back for one step at a time in scalars, which lanes
+        are computed in; otherwise for the whole chunk, so that no array in the loop over its steps is large (see
+        `recorders`)."""
+        step_by_step = self.problem.is_in_scalars
+        if not step_by_step:
+            all_steps = Steps(steps.starts, steps.ends, self.trail.keep.state(steps.kept), count)
+            rows, observed = self._with_rows(all_steps, observed, swept.rows)
+            swept = swept._replace(rows=rows)
+
+        def reverse_step(reversed_index: Array, swept: _Swept) -> _Swept:
+            index = count - 1 - reversed_index
+            start, end, kept = tree.take(steps, index)
+            interval, state, rows = self.way.interval(start, end), self.trail.keep.state(kept), swept.rows
+            of_step = tree.take_block(observed, index, 1)
+            if step_by_step:
+                one = Steps(start[None], end[None], tree.map(lambda leaf: leaf[None], state), jnp.ones((), jnp.int32))
+                rows, of_step = self._with_rows(one, of_step, rows)
+            y1, y0, coefficients = tree.map(lambda leaf: leaf[0], of_step)
+            a = swept.a if y1 is None else tree.add(swept.a, self.solver.from_output(state, y1))
             y0 = tree.zeros_like(self.problem.y0) if y0 is None else y0
             cotangent = StepOutputs(a, y0, coefficients, self.cost_cotangent)
             through, gradient = self.trail.keep.transposed(self.problem, self.solver, interval, kept, cotangent)
             taken = start != end
             gradient = tree.where(taken, gradient, tree.zeros_like(gradient))
             through = tree.where(taken, through, tree.add(a, self.solver.from_output(state, y0)))
-            return through, tree.add(parameters, gradient)
+            return _Swept(through, tree.add(swept.parameters, gradient), rows)
 
-        a, parameters = jax.lax.fori_loop(0, count, reverse_step, (swept.a, swept.parameters))
-        return swept._replace(a=a, parameters=parameters)
+        return jax.lax.fori_loop(0, count, reverse_step, swept)
 
-    def _observed_inside(
-        self, slot: Int[Array, ""], valid: Int[Array, ""], steps: _KeptSteps, swept: _Swept
-    ) -> tuple[_Swept, _Observed]:
-        chunk = self.trail.chunk
-        y1 = None if self.states is None else tree.take_block(self.states, slot, chunk)
-        y0 = coefficients = None
-        if self.dense_y0 is not None:
-            y0 = tree.take_block(self.dense_y0, slot, chunk)
-            coefficients = tree.take_block(self.dense_coefficients, slot, chunk)
-        pulled_rows = []
-        for rows, g, pulled in zip(self.requests.rows, self.row_cotangents, swept.rows, strict=True):
+    def _with_rows(
+        self, steps: Steps, observed: _Observed, all_pulled: tuple[Pulled, ...]
+    ) -> tuple[tuple[Pulled, ...], _Observed]:
+        """What the loss says of steps, with the rows that were saved inside them."""
+        rows = []
+        for request, g, pulled in zip(self.requests.rows, self.row_cotangents, all_pulled, strict=True):
             if g is not None:
-                states = self.trail.keep.state(steps.kept)
-                pulled, more = RowPull(self.way, rows, g, Steps(steps.starts, steps.ends, states), valid).run(pulled)
-                y0 = more.y0 if y0 is None else tree.add(y0, more.y0)
-                coefficients = more.coefficients if coefficients is None else tree.add(coefficients, more.coefficients)
-            pulled_rows.append(pulled)
-        return swept._replace(rows=tuple(pulled_rows)), _Observed(y1, y0, coefficients)
+                pulled, more = RowPull(self.way, request, g, steps).run(pulled)
+                y0, coefficients = more.y0, tree.map(lambda *powers: jnp.stack(powers, 1), *more.coefficients)
+                if observed.y0 is not None:
+                    y0, coefficients = tree.add((observed.y0, observed.coefficients), (y0, coefficients))
+                observed = observed._replace(y0=y0, coefficients=coefficients)
+            rows.append(pulled)
+        return tuple(rows), observed
 
     def _observed_at_t0(self, swept: _Swept) -> _Swept:
         """Rows saved at t0 itself, which lie in no step."""

@@ -15,16 +15,10 @@ from adjoint_jax.problem import Problem
 from adjoint_jax.saveat import Rows
 from adjoint_jax.tree import Arrays, Scalar
 
-PULLED_ROWS = 8
-"""Rows that are pulled back at a time."""
-
-
-class Steps(NamedTuple):
-    """A chunk of recorded steps, along a leading axis: their ends in time, and the method's states before them."""
-
-    starts: Float[Array, " steps"]
-    ends: Float[Array, " steps"]
-    states: Arrays
+PULLED_ROWS = 16
+PULLED_ROWS_OF_ONE_STEP = 4
+PULLED_BYTES = 4096
+"""Rows that are pulled back at a time: so many, or fewer if they are larger than that."""
 
 
 class Pulled(NamedTuple):
@@ -43,11 +37,22 @@ class Pulled(NamedTuple):
         return Pulled(left, *(tree.zeros_like(leaves) for leaves in inexact))
 
 
+class Steps(NamedTuple):
+    """Recorded steps, along a leading axis, of which the first `valid` count: their ends in time, and the method's states
+    before them."""
+
+    starts: Float[Array, " steps"]
+    ends: Float[Array, " steps"]
+    states: Arrays
+    valid: Int[Array, ""]
+
+
 class FromRows(NamedTuple):
-    """What the rows say of a chunk of steps: dJ/dy at their starts and dJ/d(coefficients of their interpolants)."""
+    """What the rows say of steps, along a leading axis: dJ/dy at their starts, and dJ/d(coefficients of their
+    interpolants), one power after the other."""
 
     y0: Arrays
-    coefficients: Arrays
+    coefficients: list[Arrays]
 
 
 def pull_row(
@@ -66,40 +71,37 @@ def pull_row(
 
 
 class RowPull(NamedTuple):
-    """The rows of one request that were saved inside a chunk of steps, of which the first `valid` are looked at."""
+    """The rows of one request that were saved inside some steps. Lanes look at the same steps at a time, each at its own
+    rows."""
 
     way: Way
     rows: Rows
     cotangent: Arrays
     steps: Steps
-    valid: Int[Array, ""]
 
     def run(self, pulled: Pulled) -> tuple[Pulled, FromRows]:
-        """Pull the rows inside the chunk, last first; those behind it have been pulled already."""
-        y0 = tree.zeros_like(self.way.integrator.solver.output(self.steps.states))
-        coefficients = tree.map(lambda leaf: jnp.zeros((len(leaf), self._degree, *leaf.shape[1:]), leaf.dtype), y0)
-        interpolants = self._interpolants()
+        """Pull the rows inside the steps, last first; those behind them have been pulled already."""
+        solver = self.way.integrator.solver
+        y0 = tree.zeros_like(solver.output(self.steps.states))
 
         def more(carry: tuple[Pulled, FromRows]) -> Bool[Array, ""]:
-            return any_lane(self._inside(carry[0].left - 1))
+            last = carry[0].left - 1
+            return any_lane((last >= 0) & self._behind_start(tree.take(self.rows.ts, last)))
 
         def pull(carry: tuple[Pulled, FromRows]) -> tuple[Pulled, FromRows]:
             return self._pull_block(interpolants, *carry)
 
-        return jax.lax.while_loop(more, pull, (pulled, FromRows(y0, coefficients)))
+        start = pulled, FromRows(y0, [y0] * solver.dense_degree)
+        interpolants = self._interpolants(more(start))
+        return jax.lax.while_loop(more, pull, start)
 
-    @property
-    def _degree(self) -> int:
-        return self.way.integrator.solver.dense_degree
-
-    def _inside(self, place: Int[Array, ""]) -> Bool[Array, ""]:
-        """Whether the row lies behind the start of the chunk."""
+    def _behind_start(self, ts: Float[Array, "..."]) -> Bool[Array, "..."]:
         direction = self.way.direction
-        return (place >= 0) & (tree.take(self.rows.ts, place) * direction > self.steps.starts[0] * direction)
+        return ts * direction > self.steps.starts[0] * direction
 
-    def _interpolants(self) -> Interpolant:
-        """The interpolants of the steps. Without an fn, only their times are needed."""
-        solver, problem, (starts, ends, states) = self.way.integrator.solver, self.way.problem, self.steps
+    def _interpolants(self, wanted: Bool[Array, ""]) -> Interpolant:
+        """The interpolants of the steps, if they are wanted. Without an fn, only their times are needed."""
+        solver, problem, (starts, ends, states, _) = self.way.integrator.solver, self.way.problem, self.steps
         if self.rows.fn is None:
             return Interpolant(starts, ends, states, None)
 
@@ -107,39 +109,47 @@ class RowPull(NamedTuple):
             step = solver.step(problem, self.way.interval(start, end), state, None)
             return solver.interpolant(solver.with_dense_stages(problem, step))
 
-        return jax.vmap(interpolant)(starts, ends, states)
+        def interpolants() -> Interpolant:
+            return jax.vmap(interpolant)(starts, ends, states)
+
+        return jax.lax.cond(wanted, interpolants, lambda: tree.zeros_like(jax.eval_shape(interpolants)))
 
     def _pull_block(self, interpolants: Interpolant, pulled: Pulled, so_far: FromRows) -> tuple[Pulled, FromRows]:
-        places = pulled.left - 1 - jnp.arange(min(len(self.rows.ts), PULLED_ROWS), dtype=jnp.int32)
-        inside = jax.vmap(self._inside)(places)
-        at, a, fn, args, weights = jax.vmap(lambda p, i: self._pull(interpolants, p, i))(places, inside)
-        left = pulled.left - jnp.sum(inside, dtype=jnp.int32)
-        pulled = Pulled(left, tree.add(pulled.fn, _total(fn)), tree.add(pulled.args, _total(args)))
-        of_step = at[:, None] == jnp.arange(len(self.steps.starts))
-        weights = of_step[:, :, None] * weights[:, None, :]
-        y0, coefficients = (_total(tree.map(lambda g, w=w: _outer(w, g), a)) for w in (of_step, weights))
-        return pulled, FromRows(tree.add(so_far.y0, y0), tree.add(so_far.coefficients, coefficients))
+        row_bytes = max(1, tree.size_in_bytes(self.cotangent) // len(self.rows.ts))
+        most = PULLED_ROWS_OF_ONE_STEP if len(self.steps.starts) == 1 else PULLED_ROWS
+        block = min(len(self.rows.ts), max(1, min(most, PULLED_BYTES // row_bytes)))
+        first = jnp.maximum(pulled.left - block, 0)
+        ts, a = tree.take_block((self.rows.ts, self.cotangent), first, block)
+        inside = (first + jnp.arange(block, dtype=jnp.int32) < pulled.left) & self._behind_start(ts)
+        ts, a = jnp.where(inside, ts, self.steps.starts[0]), tree.keep_rows(inside, a)
+        at = jax.vmap(self._step_of)(ts)
+        interpolants = jax.vmap(lambda i: tree.take(interpolants, i))(at)
+        pulled = pulled._replace(left=pulled.left - jnp.sum(inside, dtype=jnp.int32))
+        if self.rows.fn is not None:
+            a, fn, args = jax.vmap(self._pull)(interpolants, ts, a)
+            pulled = Pulled(pulled.left, tree.add(pulled.fn, _total(fn)), tree.add(pulled.args, _total(args)))
+        of_step = (at[:, None] == jnp.arange(len(self.steps.starts))).astype(ts.dtype)
+        weights = powers(interpolants.fraction(ts), len(so_far.coefficients))
+        coefficients = [
+            tree.add(q, _collected(of_step * w[:, None], a)) for q, w in zip(so_far.coefficients, weights, strict=True)
+        ]
+        return pulled, FromRows(tree.add(so_far.y0, _collected(of_step, a)), coefficients)
 
-    def _pull(
-        self, interpolants: Interpolant, place: Int[Array, ""], inside: Bool[Array, ""]
-    ) -> tuple[Int[Array, ""], Arrays, PyTree[Any], PyTree[Any], Float[Array, " degree"]]:
-        """The step in which a row lies; the row's derivatives; the weights of the step's coefficients."""
-        direction, (starts, ends, _) = self.way.direction, self.steps
-        t = jnp.where(inside, tree.take(self.rows.ts, place), starts[0])
-        passed = (ends * direction < t * direction) & (jnp.arange(len(ends)) < self.valid)
-        at = jnp.sum(passed, dtype=jnp.int32)
-        interpolant = tree.take(interpolants, at)
-        g = tree.take(self.cotangent, place)
-        g = tree.where(inside, g, tree.zeros_like(g))
-        y = g if self.rows.fn is None else interpolant.evaluate(t)
-        return at, *pull_row(self.rows, self.way.problem, t, y, g), powers(interpolant.fraction(t), self._degree)
+    def _step_of(self, t: Scalar) -> Int[Array, ""]:
+        """The step in which a row lies."""
+        direction, steps = self.way.direction, self.steps
+        passed = (steps.ends * direction < t * direction) & (jnp.arange(len(steps.ends)) < steps.valid)
+        return jnp.sum(passed, dtype=jnp.int32)
+
+    def _pull(self, interpolant: Interpolant, t: Scalar, g: Arrays) -> tuple[Arrays, PyTree[Any], PyTree[Any]]:
+        return pull_row(self.rows, self.way.problem, t, interpolant.evaluate(t), g)
 
 
 def _total(stacked: Arrays) -> Arrays:
     return tree.map(lambda leaf: jnp.sum(leaf, axis=0), stacked)
 
 
-def _outer(weights: Array, g: Array) -> Array:
-    """weights[row, ...] times g[row, ...], for all pairs of their other axes."""
-    weights = weights.astype(tree.real_dtype(g.dtype))
-    return weights.reshape(*weights.shape, *[1] * (g.ndim - 1)) * g.reshape(len(g), *[1] * (weights.ndim - 1), *g.shape[1:])
+def _collected(weights: Float[Array, "rows steps"], stacked: Arrays) -> Arrays:
+    """For every step, the rows times their weights."""
+    weighted = jax.vmap(lambda row, of_row: jax.vmap(lambda weight: tree.scale(weight, of_row))(row))(weights, stacked)
+    return _total(weighted)

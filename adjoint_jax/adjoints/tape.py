@@ -203,7 +203,7 @@ class TapeRecorder(AbstractRecorder):
 
     def start(self, problem: Problem, layout: Layout) -> Tape:
         segment = layout.slots if self.length >= self.slots else round_up(self.length, layout.segment)
-        chunk = chunk_length(tree.buffer(self.solver.dense_degree, problem.y0))
+        chunk = chunk_length(tree.buffer(self.solver.dense_degree, problem.y0), problem.scalars_per_array)
         segments = math.ceil(layout.slots / segment)
         checkpoints = min(self.checkpoints, segments)
         best = tuple(places(checkpoints, segments)) if self.on_grid and checkpoints < segments else None

@@ -49,7 +49,8 @@ class ConstantStepSize(AbstractStepSize):
 
 
 class _Errors(NamedTuple):
-    """Error ratios of the last two accepted steps, and whether the last attempt was rejected."""
+    """Logarithms of the error ratios of the last two accepted steps, in the precision of the ratios, and whether the last
+    attempt was rejected."""
 
     last: Scalar
     before: Scalar
@@ -139,8 +140,8 @@ class PIDController(AbstractStepSize):
         span = problem.t1 - problem.t0
         h = self._first_size(problem, solver.error_order, slope) if dt0 is None else jnp.where(dt0 == 0, span, dt0)
         size = self._bounded(jnp.abs(h))
-        one = jnp.ones((), span.dtype)
-        memory = _Errors(one, one, jnp.array(False))
+        zero = jnp.zeros((), jax.eval_shape(self.tolerance.ratio, problem.y0, problem.y0, problem.y0).dtype)
+        memory = _Errors(zero, zero, jnp.array(False))
         return Proposal(jax.lax.stop_gradient(size * jnp.sign(span)), memory, 1 if dt0 is None else 0)
 
     def _first_size(self, problem: Problem, order: int, slope: Arrays) -> Scalar:
@@ -165,9 +166,11 @@ class PIDController(AbstractStepSize):
         y0, y1, error = jax.lax.stop_gradient((solver.output(step.before), solver.output(step.after), step.error))
         size = jax.lax.stop_gradient(step.interval.end - step.interval.start)
         blown = tree.map(lambda e, y: jnp.where(jnp.isfinite(y), jnp.abs(e), jnp.inf), error, y1)
-        ratio = self.tolerance.ratio(blown, y0, y1).astype(size.dtype)
+        ratio = self.tolerance.ratio(blown, y0, y1)
         accepted, finite = ratio <= 1.0, jnp.isfinite(ratio)
-        factor = self._factor(ratio, memory, solver.error_order + 1) if step.factor is None else step.factor
+        log_ratio = jnp.log(jnp.maximum(ratio, jnp.finfo(ratio.dtype).tiny ** 0.25))
+        factor = self._factor(log_ratio, memory, solver.error_order + 1) if step.factor is None else step.factor
+        factor = factor.astype(size.dtype)
         factor = jnp.where(finite, jnp.clip(factor, self.factor_min, self.factor_max), self.factor_min)
         factor = jnp.minimum(factor, jnp.where(accepted & ~memory.rejected, self.factor_max, 1.0))
         adapted = self._bounded(jnp.abs(size) * factor)
@@ -176,15 +179,17 @@ class PIDController(AbstractStepSize):
         cut_short = accepted & (jnp.abs(size) < 0.999 * jnp.abs(proposal))
         adapted = jnp.where(cut_short, jnp.maximum(adapted, jnp.abs(proposal)), adapted)
         remembered = _Errors(
-            jnp.where(accepted, ratio, memory.last), jnp.where(accepted, memory.last, memory.before), ~accepted
+            jnp.where(accepted, log_ratio, memory.last), jnp.where(accepted, memory.last, memory.before), ~accepted
         )
         return Verdict(accepted, finite, adapted * jnp.sign(proposal), remembered)
 
-    def _factor(self, ratio: Scalar, memory: _Errors, k: int) -> Scalar:
+    def _factor(self, now: Scalar, memory: _Errors, k: int) -> Scalar:
+        """The formula above, with one logarithm and one exponential: powers cost several times as much."""
         p, i, d = self.pcoeff, self.icoeff, self.dcoeff
-        least = jnp.finfo(ratio.dtype).tiny ** 0.25
-        now, last, before = (jnp.maximum(r, least) for r in (ratio, memory.last, memory.before))
-        return self.safety * now ** (-(p + i + d) / k) * last ** ((p + 2 * d) / k) * before ** (-d / k)
+        exponents = (-(p + i + d) / k, (p + 2 * d) / k, -d / k)
+        logarithms = (now, memory.last, memory.before)
+        terms = (jnp.asarray(e, now.dtype) * r for e, r in zip(exponents, logarithms, strict=True))
+        return self.safety * jnp.exp(sum(terms, start=jnp.zeros((), now.dtype)))
 
     def smallest(self, t: Scalar) -> Scalar:
         return _resolution(t) if self.dtmin is None else jnp.maximum(_resolution(t), self.dtmin)

@@ -124,7 +124,7 @@ class ExplicitRungeKutta(AbstractSolver):
         self, problem: Problem, interval: Interval, state: Arrays, cotangent: StepOutputs
     ) -> tuple[Arrays, Parameters]:
         count = self.stages_that_matter(interpolated=cotangent.coefficients is not None)
-        if self._is_written_out(state, count):
+        if self._is_written_out(problem, count):
             return self.transposed_from_pullbacks(self._linearised(problem, interval, state, count), interval, cotangent)
         return self._transposed_in_a_loop(problem, interval, self._stage_states(problem, interval, state, count), cotangent)
 
@@ -133,7 +133,7 @@ class ExplicitRungeKutta(AbstractSolver):
     ) -> tuple[Arrays, Parameters]:
         """`transposed_step`, where the stages that matter are known."""
         states = self._states_from_stages(interval, state, stages)
-        if self._is_written_out(state, len(stages)):
+        if self._is_written_out(problem, len(stages)):
             pullbacks = self.pullbacks(problem, interval, state, stages)
             return self.transposed_from_pullbacks(pullbacks, interval, cotangent)
         return self._transposed_in_a_loop(problem, interval, tree.stack(states), cotangent)
@@ -144,13 +144,14 @@ class ExplicitRungeKutta(AbstractSolver):
         """`transposed_step`, where the linearisations of the stages that matter are known."""
         tableau, h, count = self.tableau, interval.end - interval.start, len(pullbacks)
         rows, b = tableau.a + tableau.dense_a, tableau.b + (0.0,) * self.extra_stages
+        coefficients = cotangent.coefficients
+        of_powers = [] if coefficients is None else tree.unstack(coefficients, self.dense_degree)
         mu: list[Arrays] = []
         gradients = []
         for i in reversed(range(count)):
             weights = (b[i], *(rows[j][i] for j in reversed(range(i + 1, count))))
-            kappa = tree.weighted_sum(weights, [cotangent.after, *mu])
-            if cotangent.coefficients is not None:
-                kappa = tree.add(kappa, tree.contract(jnp.asarray(tableau.dense[i]), cotangent.coefficients))
+            dense = tableau.dense[i][: len(of_powers)]
+            kappa = tree.weighted_sum((*weights, *dense), [cotangent.after, *mu, *of_powers])
             mu_i, gradient = pullbacks[i](Rates(tree.scale(h, kappa), tree.scale(h * b[i], cotangent.cost)))
             mu.append(mu_i)
             gradients.append(gradient)
@@ -213,8 +214,9 @@ class ExplicitRungeKutta(AbstractSolver):
             return self.tableau.stages + self.extra_stages
         return max(i + 1 for i, weight in enumerate(self.tableau.b) if weight)
 
-    def _is_written_out(self, state: Arrays, count: int) -> bool:
-        return count <= WRITTEN_OUT_STAGES or tree.size_in_bytes(state) >= WRITTEN_OUT_BYTES
+    def _is_written_out(self, problem: Problem, count: int) -> bool:
+        size = tree.size_in_bytes(problem.y0)
+        return problem.is_in_scalars or count <= WRITTEN_OUT_STAGES or size >= WRITTEN_OUT_BYTES
 
     @property
     def _nodes(self) -> tuple[float, ...]:
@@ -251,5 +253,5 @@ class ExplicitRungeKutta(AbstractSolver):
 
 WRITTEN_OUT_STAGES = 4
 WRITTEN_OUT_BYTES = 4096
-"""The transposed step is written out for so few stages or so large states. For many stages of small states, where XLA's
-fusion would compute earlier stages again inside later ones, it is a loop."""
+"""The transposed step is written out for so few stages or so large states, and in scalars. For many stages of small arrays,
+where XLA's fusion would compute earlier stages again inside later ones, it is a loop."""
