@@ -16,8 +16,6 @@ class Role(enum.Enum):
     PEER = "peer"
     BARE = "bare"
     """Written by hand for the problem: the floor, compared with where a row says so."""
-    SHOWN = "shown"
-    """Does less than was asked; shown, and compared with nothing."""
 
 
 class Contestant(NamedTuple):

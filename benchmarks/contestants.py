@@ -15,6 +15,7 @@ class _Entrants:
 
 _ours = _Entrants("adjoint_jax", Role.OURS, "adjoint_jax", "ours")
 DISCRETE = _ours("Discrete", "discrete")
+DISCRETE_BOUNDED = _ours("Discrete, max_steps given", "discrete_bounded")
 DISCRETE_RK4 = _ours("Discrete", "discrete_rk4")
 STAGES = _ours("Discrete, stages", "stages")
 LINEARISATIONS = _ours("Discrete, linearisations", "linearisations")
@@ -41,7 +42,6 @@ DIFFRAX_BACKSOLVE_RK4 = _diffrax("Backsolve", "backsolve_rk4")
 DIFFRAX_FORWARD_MODE = _diffrax("ForwardMode", "forward_mode")
 DIFFRAX_KVAERNO5 = _diffrax("Kvaerno5", "kvaerno5")
 DIFFRAX_KVAERNO5_NEWTON = _diffrax("Kvaerno5, tuned", "kvaerno5_newton")
-DIFFRAX_KVAERNO3_NEWTON = _diffrax("Kvaerno3, tuned", "kvaerno3_newton")
 DIFFRAX_KVAERNO5_FORWARD_MODE = _diffrax("Kvaerno5, ForwardMode", "kvaerno5_forward_mode")
 
 JAX_ODE = Contestant("jax.experimental.ode", "jax", Role.PEER, "of_jax:default")
@@ -50,7 +50,6 @@ _gradsolve = _Entrants("gradsolve", Role.PEER, "gradsolve", "of_gradsolve")
 GRADSOLVE = _gradsolve("", "default")
 GRADSOLVE_RK4 = _gradsolve("", "rk4")
 GRADSOLVE_TSIT5 = _gradsolve("", "tsit5")
-GRADSOLVE_MESH = _gradsolve("replay only", "given_mesh")._replace(role=Role.SHOWN)
 
 _torchdiffeq = _Entrants("torchdiffeq", Role.PEER, "torchdiffeq", "of_torchdiffeq")
 TORCHDIFFEQ = _torchdiffeq("", "backpropagation")

@@ -37,7 +37,7 @@ class Length:
         return tuple(count for count in steps if count <= self.largest_steps)
 
 
-FULL = Length("full", 7, 2, 0.05, 1.0, 10_000, 10_000, 99, "")
+FULL = Length("full", 7, 1, 0.05, 2.5, 10_000, 10_000, 99, "")
 SHORT = Length(
     "short", 1, 1, 0.0, 0.0, 16, 100, 1, "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 )

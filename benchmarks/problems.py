@@ -58,7 +58,7 @@ class Problem:
     - `max_steps`: what every library is told is the largest number of steps.
     - `scale`: values that are smaller do not matter: the absolute tolerance is the relative one times this.
     - `bound`: a tight bound on the steps at every tolerance at which the problem is solved here. Peers whose memory or time
-      depends on it are given it in their tuned settings; ours never is.
+      depends on it are given it in their tuned settings; ours where its name says so.
     """
 
     reference: str

@@ -77,16 +77,7 @@ class Replay(Program):
         return Outcome(flattened(numbers, self.problem), {})
 
 
-class GivenMesh(Replay):
-    """Replay alone, of a mesh that was recorded beforehand, once for all."""
-
-    def ready(self, tolerance: float | None) -> Executable:
-        arguments = jnp.asarray(self.y0), jnp.asarray(self.parameters), jnp.asarray(self.record(tolerance))
-        replay, build = compiled(self.function(), arguments)
-        return Executable(lambda: jax.block_until_ready(replay(*arguments)), self.outcome, build)
-
-
-default, given_mesh = Replay, GivenMesh
+default = Replay
 
 
 def fixed(problem: Problem, quantity: Quantity, method: Any) -> Program:
