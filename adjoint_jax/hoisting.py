@@ -14,6 +14,9 @@ from adjoint_jax.tree import Arrays, Scalar
 Function = Callable[[Scalar, PyTree[Any], PyTree[Any]], PyTree[Any]]
 """Of a time, a state and args."""
 
+PRODUCTS = frozenset({"dot_general", "conv_general_dilated", "ragged_dot_general"})
+"""What XLA fuses nothing across."""
+
 
 class Hoisted(eqx.Module):
     """A function of (t, y, args), traced once; its leaves are the arrays that it closes over.
@@ -57,3 +60,17 @@ def interpreted(jaxpr: Any, values: Sequence[Any], rule: Callable[[Any, list[Any
     for equation in jaxpr.eqns:
         known.update(zip(equation.outvars, rule(equation, [read(v) for v in equation.invars]), strict=True))
     return [read(variable) for variable in jaxpr.outvars]
+
+
+def multiplies_matrices(jaxpr: Any) -> bool:
+    """Whether a program, or one that it calls, contains products of matrices or convolutions."""
+    called = (program for equation in jaxpr.eqns for value in equation.params.values() for program in _programs(value))
+    return any(equation.primitive.name in PRODUCTS for equation in jaxpr.eqns) or any(map(multiplies_matrices, called))
+
+
+def _programs(value: Any) -> list[Any]:
+    """Those in a parameter of an equation."""
+    if isinstance(value, tuple | list):
+        return [program for entry in value for program in _programs(entry)]
+    program = getattr(value, "jaxpr", value)
+    return [program] if hasattr(program, "eqns") else []

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float, PyTree
 
 from adjoint_jax import tree
-from adjoint_jax.hoisting import Hoisted, hoisted
+from adjoint_jax.hoisting import Hoisted, hoisted, multiplies_matrices
 from adjoint_jax.scalars import ScalarProgram
 from adjoint_jax.stacks import with_selections
 from adjoint_jax.tree import Arrays, Scalar
@@ -100,6 +100,11 @@ class Problem(eqx.Module):
     def is_in_scalars(self) -> bool:
         """Whether its state and its parameters are tuples of scalars, and nothing else is computed with."""
         return isinstance(self.vector_field, ScalarProgram)
+
+    @property
+    def multiplies_matrices(self) -> bool:
+        """Whether the vector field does, so that XLA cannot fuse one evaluation with the next."""
+        return multiplies_matrices(jax.make_jaxpr(self.field)(self.t0, self.y0).jaxpr)
 
     @property
     def scalars_per_array(self) -> int:

@@ -107,3 +107,19 @@ def test_an_observable_takes_evaluations_only_where_it_is_saved():
     ts = np.array([5.0])
     more = evaluations(aj.SaveAt(ts, fn=lambda t, y, args: y**2)) - evaluations(aj.SaveAt(ts))
     assert 0 < more <= 8 * 7
+
+
+def loops_of_gradient(field):
+    def end(matrix):
+        solver, controller = aj.Tsit5(), aj.FixedSteps(20)
+        adjoint = aj.DiscreteAdjoint(keep=aj.KeepStates())
+        return jnp.sum(
+            aj.solve(field, 0.0, 1.0, jnp.ones(12), matrix, solver=solver, controller=controller, adjoint=adjoint).ys
+        )
+
+    return len(Program(jax.jit(jax.grad(end)).lower(0.1 * jnp.ones((12, 12))).compile()).loops())
+
+
+def test_stages_are_a_loop_on_the_way_back_only_where_evaluations_fuse():
+    """One loop for the states of the stages, one for their pullbacks; none where the field multiplies matrices."""
+    assert loops_of_gradient(lambda t, y, a: jnp.tanh(a[0] * y)) == loops_of_gradient(lambda t, y, a: jnp.tanh(a @ y)) + 2

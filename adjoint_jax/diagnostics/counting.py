@@ -145,13 +145,12 @@ def _pushed_forward_jvp(counter: Counter, primals: Any, tangents: Any) -> tuple[
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _pulled_back(counter: Counter, t: Scalar, values: Arrays) -> Arrays:
     """The values, whose cotangents are counted."""
-    del counter, t
-    return values
+    del counter
+    return _along(t, values)
 
 
 def _pulled_back_forward(counter: Counter, t: Scalar, values: Arrays) -> tuple[Arrays, Scalar]:
-    del counter
-    return values, t
+    return _pulled_back(counter, t, values), t
 
 
 def _pulled_back_backward(counter: Counter, t: Scalar, cotangent: Arrays) -> tuple[Scalar, Arrays]:
