@@ -42,12 +42,21 @@ def weighted_sum(weights: Sequence[float], trees: Sequence[Arrays]) -> Arrays:
     return add(*terms) if terms else zeros_like(trees[0])
 
 
+LARGE_ROW_BYTES = 2**17
+MOST_SUMMED = 32
+"""From rows of this size on, and up to so many of them, a contraction is a chain of sums: XLA:CPU hands reductions of large
+arrays to a library that takes two to five times as long. (For smaller rows, the chain takes up to twice as long.)"""
+
+
 def contract(weights: Float[Array, " n"], stacked: Arrays) -> Arrays:
-    """`sum(weights[i] * stacked[i])` over the leading axis of every leaf, as multiply and reduce, which fuses."""
+    """`sum(weights[i] * stacked[i])` over the leading axis of every leaf: as multiply and reduce, which fuses, or as a chain
+    of sums."""
 
     def leaf_contract(leaf: Array) -> Array:
-        column = weights.astype(real_dtype(leaf.dtype)).reshape(-1, *[1] * (leaf.ndim - 1))
-        return jnp.sum(column * leaf, axis=0)
+        own, count = weights.astype(real_dtype(leaf.dtype)), leaf.shape[0]
+        if 0 < count <= MOST_SUMMED and leaf.size * leaf.dtype.itemsize >= count * LARGE_ROW_BYTES:
+            return functools.reduce(operator.add, [own[i] * leaf[i] for i in range(count)])
+        return jnp.sum(own.reshape(-1, *[1] * (leaf.ndim - 1)) * leaf, axis=0)
 
     return map(leaf_contract, stacked)
 

@@ -1,0 +1,24 @@
+"""Arithmetic on pytrees, against NumPy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from adjoint_jax import tree
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.complex128])
+@pytest.mark.parametrize(("count", "size"), [(0, 3), (1, 2**17), (7, 3), (7, 2**17), (tree.MOST_SUMMED + 1, 2**15)])
+def test_contractions_are_those_of_numpy(count, size, dtype):
+    """Of small rows, of large ones, of none and of many; and their derivatives."""
+    random = np.random.default_rng(0)
+    weights, rows = random.normal(size=count), random.normal(size=(count, size)).astype(dtype)
+    if dtype == np.complex128:
+        rows = rows * (1 + 2j)
+    contracted = tree.contract(jnp.asarray(weights), {"leaf": jnp.asarray(rows)})["leaf"]
+    assert contracted.dtype == dtype
+    scale = np.finfo(dtype).eps * (1 + np.abs(rows).sum(axis=0).max(initial=0) * np.abs(weights).max(initial=0))
+    np.testing.assert_allclose(contracted, np.tensordot(weights, rows, 1), rtol=0, atol=scale)
+    pulled = jax.vjp(lambda rows: tree.contract(jnp.asarray(weights), rows), jnp.asarray(rows))[1](jnp.ones(size, dtype))[0]
+    np.testing.assert_allclose(pulled, weights[:, None] * np.ones(size), rtol=1e-6)
