@@ -49,8 +49,8 @@ arrays to a library that takes two to five times as long. (For smaller rows, the
 
 
 def contract(weights: Float[Array, " n"], stacked: Arrays) -> Arrays:
-    """`sum(weights[i] * stacked[i])` over the leading axis of every leaf: as multiply and reduce, which fuses, or as a chain
-    of sums."""
+    """`sum(weights[i] * stacked[i])` over the leading axis of every leaf: as multiply and reduce, which fuses, or as a
+    chain of sums."""
 
     def leaf_contract(leaf: Array) -> Array:
         own, count = weights.astype(real_dtype(leaf.dtype)), leaf.shape[0]
