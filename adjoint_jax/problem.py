@@ -1,6 +1,7 @@
 """The initial value problem: everything that receives a gradient."""
 
 import dataclasses
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -19,6 +20,21 @@ VectorField = Callable[[Scalar, PyTree[Any], PyTree[Any]], PyTree[Any]]
 RunningCost = Callable[[Scalar, PyTree[Any], PyTree[Any]], PyTree[Any]]
 
 
+def check_function(function: Any, what: str, name: str) -> None:
+    """Raise `TypeError` unless a function can be called with a time, a state and args."""
+    expected = f"{what} must be callable as {name}(t, y, args), got {function!r}"
+    if not callable(function):
+        raise TypeError(f"{expected}.")
+    try:
+        signature = inspect.signature(function)
+    except ValueError:
+        return
+    try:
+        signature.bind(None, None, None)
+    except TypeError as error:
+        raise TypeError(f"{expected} with parameters {signature}: it must take these three, used or not.") from error
+
+
 class Split(eqx.Module):
     """The vector field explicit(t, y, args) + implicit(t, y, args), for methods that treat its parts differently: stiff but
     cheap terms implicitly, others explicitly (`KenCarp4`). To all other methods it is the sum.
@@ -31,8 +47,7 @@ class Split(eqx.Module):
 
     def __check_init__(self) -> None:
         for name, part in (("explicit", self.explicit), ("implicit", self.implicit)):
-            if not callable(part):
-                raise TypeError(f"Split({name}=...) must be callable as {name}(t, y, args), got {part!r}.")
+            check_function(part, f"Split({name}=...)", name)
 
     def __call__(self, t: Scalar, y: PyTree[Any], args: PyTree[Any]) -> PyTree[Any]:
         return tree.add(self.explicit(t, y, args), self.implicit(t, y, args))

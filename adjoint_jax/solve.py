@@ -25,6 +25,7 @@ from adjoint_jax.problem import (
     VectorField,
     canonical_args,
     canonical_state,
+    check_function,
     hoist,
     hoist_running_cost,
     state_precision,
@@ -246,10 +247,9 @@ def _trajectory(problem: Problem, saved: Saved, report: Report, reached: Scalar)
 def _check_arguments(
     vector_field: Any, running_cost: Any, solver: Any, controller: Any, saveats: list[Any], adjoint: Any, max_steps: Any
 ) -> None:
-    if not callable(vector_field):
-        raise TypeError(f"vector_field must be callable as vector_field(t, y, args), got {vector_field!r}.")
-    if running_cost is not None and not callable(running_cost):
-        raise TypeError(f"running_cost must be callable as running_cost(t, y, args), got {running_cost!r}.")
+    check_function(vector_field, "vector_field", "vector_field")
+    if running_cost is not None:
+        check_function(running_cost, "running_cost", "running_cost")
     expected = (
         ("solver", solver, AbstractSolver, "a method such as Tsit5(), or ExplicitRungeKutta(tableau)"),
         ("controller", controller, AbstractController, "a controller such as PIDController(rtol=1e-6, atol=1e-8)"),

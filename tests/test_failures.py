@@ -294,6 +294,7 @@ BAD = {
     "negative dt0": (lambda: solve(dt0=-0.1), ValueError, ["dt0", "-0.1", "positive"]),
     "zero dt0": (lambda: solve(dt0=0.0), ValueError, ["dt0", "0.0", "positive"]),
     "not callable": (lambda: solve(field=3.0), TypeError, ["vector_field", "callable", "3.0"]),
+    "two parameters": (lambda: solve(field=lambda t, y: -y), TypeError, ["vector_field(t, y, args)", "(t, y)"]),
     "no steps": (lambda: solve(max_steps=0), ValueError, ["max_steps", "positive", "0"]),
     "float max_steps": (lambda: solve(max_steps=10.0), ValueError, ["max_steps", "integer", "10.0"]),
     "no fixed steps": (lambda: aj.FixedSteps(0), ValueError, ["FixedSteps", "at least one", "0"]),

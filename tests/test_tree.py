@@ -22,3 +22,9 @@ def test_contractions_are_those_of_numpy(count, size, dtype):
     np.testing.assert_allclose(contracted, np.tensordot(weights, rows, 1), rtol=0, atol=scale)
     pulled = jax.vjp(lambda rows: tree.contract(jnp.asarray(weights), rows), jnp.asarray(rows))[1](jnp.ones(size, dtype))[0]
     np.testing.assert_allclose(pulled, weights[:, None] * np.ones(size), rtol=1e-6)
+
+
+@pytest.mark.parametrize(("bytes_of_row", "reduces"), [(tree.LARGE_ROW_BYTES - 8, True), (tree.LARGE_ROW_BYTES, False)])
+def test_large_rows_are_not_reduced(bytes_of_row, reduces):
+    program = jax.make_jaxpr(tree.contract)(jnp.ones(7), jnp.ones((7, bytes_of_row // 8)))
+    assert ("reduce_sum" in {equation.primitive.name for equation in program.jaxpr.eqns}) is reduces
