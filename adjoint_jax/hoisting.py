@@ -64,8 +64,13 @@ def interpreted(jaxpr: Any, values: Sequence[Any], rule: Callable[[Any, list[Any
 
 def multiplies_matrices(jaxpr: Any) -> bool:
     """Whether a program, or one that it calls, contains products of matrices or convolutions."""
-    called = (program for equation in jaxpr.eqns for value in equation.params.values() for program in _programs(value))
+    called = (program for equation in jaxpr.eqns for program in programs_of(equation))
     return any(equation.primitive.name in PRODUCTS for equation in jaxpr.eqns) or any(map(multiplies_matrices, called))
+
+
+def programs_of(equation: Any) -> list[Any]:
+    """The programs that an equation calls: the body of a loop, the branches of a choice, a function."""
+    return [program for value in equation.params.values() for program in _programs(value)]
 
 
 def _programs(value: Any) -> list[Any]:

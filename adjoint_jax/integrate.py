@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from adjoint_jax import tree
 from adjoint_jax.controllers.controller import AbstractController, AbstractStepSize
+from adjoint_jax.kernels import in_one_kernel
 from adjoint_jax.lanes import any_lane
 from adjoint_jax.linear.mass import is_consistent
 from adjoint_jax.problem import Problem
@@ -63,6 +64,11 @@ class Integrator(eqx.Module):
 
     def __call__(self, problem: Problem, recorders: Sequence[AbstractRecorder], valid: Bool[Array, ""]) -> Outcome:
         """Integrate from t0 to t1. If not `valid`, report `Status.INVALID_TIMES` instead of taking any step."""
+        if problem.is_small:
+            return in_one_kernel(self._run, problem, tuple(recorders), valid)
+        return self._run(problem, recorders, valid)
+
+    def _run(self, problem: Problem, recorders: Sequence[AbstractRecorder], valid: Bool[Array, ""]) -> Outcome:
         problem, grid = problem.for_steps(), self.controller.grid(problem.t0, problem.t1)
         if grid is None:
             assert isinstance(self.controller, AbstractStepSize)

@@ -20,6 +20,10 @@ VectorField = Callable[[Scalar, PyTree[Any], PyTree[Any]], PyTree[Any]]
 RunningCost = Callable[[Scalar, PyTree[Any], PyTree[Any]], PyTree[Any]]
 
 
+MOST_NUMBERS = 512
+"""Entries of the state of a small problem."""
+
+
 def check_function(function: Any, what: str, name: str) -> None:
     """Raise `TypeError` unless a function can be called with a time, a state and args."""
     expected = f"{what} must be callable as {name}(t, y, args), got {function!r}"
@@ -120,6 +124,11 @@ class Problem(eqx.Module):
     def multiplies_matrices(self) -> bool:
         """Whether the vector field does, so that XLA cannot fuse one evaluation with the next."""
         return multiplies_matrices(jax.make_jaxpr(self.field)(self.t0, self.y0).jaxpr)
+
+    @property
+    def is_small(self) -> bool:
+        """Whether it is of so few numbers that starting operations takes longer than the operations do."""
+        return sum(leaf.size for leaf in jax.tree.leaves(self.y0)) <= MOST_NUMBERS and not self.multiplies_matrices
 
     @property
     def scalars_per_array(self) -> int:

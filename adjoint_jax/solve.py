@@ -105,7 +105,9 @@ def solve(
     dt0 = undifferentiable(dt0, constants.format("dt0"))
     integrator = Integrator(solver, controller, dt0, max_steps)
     arguments = vector_field, running_cost, mass, t0, t1, y0, canonical_args(args, y0)
-    parts, solution = _solve(*arguments, integrator, saveats, adjoint, throw)
+    rest = integrator, saveats, adjoint
+    solved = _solve(*tree.as_jax((*arguments, *rest)), throw) if tree.is_staged() else _compiled(*arguments, *rest, throw)
+    parts, solution = solved
     ts, ys = (jax.tree.unflatten(structure, part) for part in zip(*parts, strict=True))
     solution = Solution(tree.map(jnp.asarray, ts), ys, *solution)
     return raise_on_failure(solution) if throw else solution
@@ -135,7 +137,6 @@ def odeint(
     return solve(vector_field, ts[0], ts[-1], y0, args, saveat=SaveAt(ts), **options).ys
 
 
-@eqx.filter_jit
 def _solve(
     vector_field: VectorField,
     running_cost: RunningCost | None,
@@ -165,6 +166,10 @@ def _solve(
     reached = jnp.where(report.status == Status.SUCCESS, t1, report.reached)
     cost = None if running_cost is None else saved.cost
     return assembly, (cost, report.stats, report.status, reached, _trajectory(problem, saved, report, reached))
+
+
+_compiled = eqx.filter_jit(_solve)
+"""For callers that are not compiled themselves. Within a function that is, this would trace what a derivative replaces."""
 
 
 def _hoisted(save: SaveAt, problem: Problem) -> SaveAt:

@@ -147,9 +147,19 @@ def is_traced(*values: Any) -> bool:
     return any(isinstance(value, Tracer) for value in values)
 
 
+def is_staged() -> bool:
+    """Whether what is computed here becomes part of a program, rather than being computed at once."""
+    return is_traced(jnp.add(0, 1))
+
+
 def as_array(value: Any, dtype: DTypeLike) -> Array | np.ndarray:
     """The value with the given dtype; in NumPy if it is known, which costs an eager caller nothing."""
     return jnp.asarray(value, dtype) if is_traced(value) else np.asarray(value, dtype)
+
+
+def as_jax(values: PyTree[Any]) -> PyTree[Any]:
+    """The same with JAX's arrays for NumPy's."""
+    return map(lambda leaf: jnp.asarray(leaf) if isinstance(leaf, np.ndarray | np.generic) else leaf, values)
 
 
 def as_times(times: Any) -> Any:

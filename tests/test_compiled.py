@@ -51,8 +51,8 @@ def program(stepping, quantity, lanes):
         ("adaptive", "gradient", False, 46, 168),
         ("adaptive", "forward", True, 96, 154),
         ("adaptive", "gradient", True, 102, 256),
-        ("given grid", "forward", False, 8, 14),
-        ("given grid", "gradient", False, 16, 54),
+        ("given grid", "forward", False, 9, 23),
+        ("given grid", "gradient", False, 17, 54),
     ],
 )
 def test_kernels_of_loops(stepping, quantity, lanes, in_one, in_all):

@@ -381,10 +381,14 @@ def test_a_failing_lane_touches_no_other(controller):
             np.testing.assert_allclose(ys[0][:, 0], np.cos(RATES[lane] * LANE_TS), atol=2e-4)
             assert not any(np.isnan(leaf).any() for leaf in (ys[0], ys[1], dense))
             assert jax.tree.map(int, stats) == jax.tree.map(int, alone[3])
-        # A failing lane ends in the rounding errors of its step sizes, and so do the places where a good one steps.
+        # A failing lane ends in the rounding errors of its step sizes, and so do the places where a good one steps: how
+        # many steps an adaptive one takes before it fails depends on them too.
         rtol = 1e-12 if lane in good else 1e-5
         loose = max(rtol, 1e-7)
         for (path, a), b in zip(jax.tree.leaves_with_path(mine), jax.tree.leaves(alone), strict=True):
-            is_step = [getattr(key, "idx", None) for key in path][:2] in ([0, 2], [1, 2])
+            first, second = ([getattr(key, "idx", None) for key in path] + [None])[:2]
+            is_step = first in (0, 1) and second == 2
+            if adapts and lane not in good and (is_step or first == 3):
+                continue
             tolerance = loose if is_step else rtol
             np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance, err_msg=f"lane {lane}, {path}")

@@ -38,6 +38,7 @@ from adjoint_jax.adjoints.trail import AbstractTrail, Segment, Walked, Way
 from adjoint_jax.errors import raise_on_reverse_failure
 from adjoint_jax.forward_only import gradient_once
 from adjoint_jax.integrate import Integrator, Report
+from adjoint_jax.kernels import in_one_kernel
 from adjoint_jax.problem import Parameters, Problem
 from adjoint_jax.recorders import AbstractRecorder, RowRecorder
 from adjoint_jax.saveat import Requests, Rows
@@ -107,7 +108,7 @@ def backward(
     integrator, requests, solver = run.integrator, inputs.requests, run.integrator.solver
     problem = inputs.problem.without_cost() if is_zero(cotangent[0].cost) else inputs.problem
     sweep = _Sweep(Way(problem, integrator, residuals.report, residuals.last), requests, residuals.trail, cotangent[0])
-    swept, drift = sweep.run()
+    swept, drift = in_one_kernel(sweep.run) if problem.is_small else sweep.run()
     if drift is not None:
         lost = sweep.asked & ~(drift <= adjoint.drift_limit(problem))
         swept = unknown_if(lost, swept)
@@ -265,6 +266,8 @@ class _Sweep:
             through = tree.where(taken, through, tree.add(a, self.solver.from_output(state, y0)))
             return _Swept(through, tree.add(swept.parameters, gradient), rows)
 
+        if len(steps.starts) == 1:
+            return reverse_step(jnp.zeros((), jnp.int32), swept)
         return jax.lax.fori_loop(0, count, reverse_step, swept)
 
     def _with_rows(

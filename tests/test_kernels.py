@@ -1,0 +1,137 @@
+"""Programs of small arrays in one kernel: which are, that they compute the same, and that nothing else is affected."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hlo import Program
+from problems import jit, lotka_volterra
+
+import adjoint_jax as aj
+from adjoint_jax.kernels import MOST_ENTRIES, in_one_kernel
+
+X, W = jnp.linspace(0.1, 0.7, 5), jnp.array([0.3, -0.2, 0.9, 0.4, 0.1])
+
+
+def damped(x, w, unused):
+    """Loops within loops, a choice, a reduction, a buffer."""
+    del unused
+
+    def step(i, carry):
+        x, total, buffer = carry
+        x = jax.lax.while_loop(lambda y: jnp.max(jnp.abs(y)) > 1.0, lambda y: 0.5 * y, x + w * jnp.sin(total))
+        x = jax.lax.cond(total > 2.0, lambda y: -y, lambda y: y, x)
+        return x, total + jnp.sum(x**2), jax.lax.dynamic_update_index_in_dim(buffer, x, i, 0)
+
+    return jax.lax.fori_loop(0, 40, step, (x, jnp.zeros(()), jnp.zeros((40, 5))))
+
+
+def in_kernel(x, w, unused=jnp.ones((2, 3))):
+    return in_one_kernel(damped, x, w, unused)
+
+
+def plain(x, w, unused=jnp.ones((2, 3))):
+    return damped(x, w, unused)
+
+
+def marked(function, *operands):
+    """How many calls of a compiled program are to be single kernels."""
+    text = jax.jit(function).lower(*operands).compile().as_text()
+    return sum(" call(" in line and 'inlineable="false"' in line for line in text.splitlines())
+
+
+def agree(ours, theirs):
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-13, atol=1e-13)
+
+
+def test_a_program_of_small_arrays_is_one_kernel():
+    assert marked(in_kernel, X, W) == 1
+    program = Program(jax.jit(in_kernel).lower(X, W).compile())
+    assert len(program.loops()) >= 2
+    agree(jit(in_kernel)(X, W), jit(plain)(X, W))
+
+
+def test_what_is_known_when_it_is_traced_is_no_argument():
+    scale = jnp.array([2.0, 3.0])
+    agree(jit(lambda x: in_one_kernel(lambda a, b: a * b, x, scale))(X[:2]), X[:2] * scale)
+    assert in_one_kernel(lambda a, b: (a + 1, b, "text"), 1.0, None)[1:] == (None, "text")
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: jax.lax.fori_loop(0, 3, lambda i, y: in_kernel(y, W)[0] + x, x),
+        lambda x: jax.lax.scan(lambda y, _: (in_kernel(y, W)[0] + x, y), x, length=3),
+        lambda x: jax.lax.map(lambda s: in_kernel(s * x, W)[0], jnp.arange(3.0)),
+        lambda x: jax.lax.cond(x[0] > 0, lambda y: in_kernel(y, W)[0], lambda y: y, x),
+        lambda x: jax.checkpoint(lambda y: in_kernel(y, W)[0])(x),
+    ],
+    ids=["fori_loop", "scan", "map", "cond", "checkpoint"],
+)
+def test_kernels_within_other_programs(function, monkeypatch):
+    ours = jit(function)(X)
+    monkeypatch.setitem(globals(), "in_kernel", plain)
+    agree(ours, jit(function)(X))
+
+
+def test_lanes_and_derivatives_are_compiled_in_the_usual_way():
+    xs = X * jnp.arange(1.0, 4.0)[:, None]
+    lanes = jax.vmap(in_kernel, (0, None))
+    agree(jit(lanes)(xs, W), jax.vmap(plain, (0, None))(xs, W))
+    assert marked(lanes, xs, W) == 0
+
+    def along(function):
+        return lambda x, w: jax.jvp(lambda w: function(x, w), (w,), (x,))
+
+    agree(jit(along(in_kernel))(X, W), along(plain)(X, W))
+    agree(jit(jax.jacfwd(in_kernel, argnums=1))(X, W), jax.jacfwd(plain, argnums=1)(X, W))
+    agree(jax.linearize(lambda w: in_kernel(X, w)[0], W)[1](X), jax.linearize(lambda w: plain(X, w)[0], W)[1](X))
+
+
+def solving(x):
+    return jnp.linalg.solve(jnp.outer(x, x) + jnp.eye(5), x)
+
+
+def calling_back(x):
+    return jax.pure_callback(lambda v: v, jax.ShapeDtypeStruct(x.shape, x.dtype), x)
+
+
+def scattering(x):
+    return x.at[jnp.argsort(x)].add(1.0)
+
+
+def large(x):
+    return jax.lax.fori_loop(0, 3, lambda i, y: jnp.sin(y), jnp.ones(MOST_ENTRIES + 1) * x[0])
+
+
+@pytest.mark.parametrize("function", [lambda x: jnp.outer(x, x) @ x, solving, calling_back, scattering, large])
+def test_what_needs_more_than_a_kernel_is_left_as_it_is(function):
+    assert marked(lambda x: in_one_kernel(function, x), X) == 0
+    agree(jit(lambda x: in_one_kernel(function, x))(X), function(X))
+
+
+ADJOINTS = [aj.DiscreteAdjoint(), aj.GaussAdjoint(), aj.InterpolatingAdjoint(), aj.BacksolveAdjoint()]
+RATES = {"a": jnp.array(1.5), "b": jnp.array(1.0), "c": jnp.array(3.0), "d": jnp.array(1.0)}
+
+
+def loss(rates, adjoint):
+    saveat = aj.SaveAt(np.linspace(0.0, 5.0, 12))
+    return jnp.sum(aj.solve(lotka_volterra, 0.0, 5.0, jnp.ones(2), rates, saveat=saveat, adjoint=adjoint, throw=False).ys)
+
+
+@pytest.mark.parametrize("adjoint", ADJOINTS, ids=lambda adjoint: type(adjoint).__name__)
+def test_small_solves_and_their_gradients_are_kernels(adjoint):
+    gradient = functools.partial(jax.grad(loss), adjoint=adjoint)
+    assert marked(functools.partial(loss, adjoint=adjoint), RATES) == 1
+    assert marked(gradient, RATES) == 2
+
+
+def test_in_a_training_loop_a_solve_gives_what_it_gives_alone():
+    def step(rates):
+        return jax.tree.map(lambda p, g: p - 1e-3 * g, rates, jax.grad(loss)(rates, ADJOINTS[0]))
+
+    trained = jit(lambda rates: jax.lax.fori_loop(0, 2, lambda i, r: step(r), rates))(RATES)
+    agree(trained, jit(step)(jit(step)(RATES)))
