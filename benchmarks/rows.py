@@ -172,7 +172,7 @@ def _duffing(length: Length) -> Row:
 
 
 def _long_gradients(length: Length) -> Row:
-    """What takes gigabytes does not race over many steps. Where a call takes a quarter of a minute, everybody is called
+    """What keeps every step does not race over many. Where a call takes a quarter of a minute, everybody is called
     once, in a process of its own."""
     essential = (by.DISCRETE_RK4, by.CHECKPOINTS_RK4, by.BACKSOLVE_RK4, by.REVERSIBLE_RK4, by.BARE_RK4_REMAT)
     essential += (by.BARE_RK4_SQUARE_ROOT, by.DIFFRAX_BACKSOLVE_RK4)
