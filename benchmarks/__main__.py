@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from benchmarks import machine, render, results
 from benchmarks.cases import Contestant, Measured, Mode
-from benchmarks.lengths import FULL, SHORT, Length
+from benchmarks.lengths import FULL, SHORT, UNOPTIMISED, Length
 from benchmarks.results import Measurement, Run
 from benchmarks.rows import rows
 
@@ -82,7 +82,8 @@ def run_process(
     """What `benchmarks.measure` prints; if it dies, that it did."""
     command = [sys.executable, "-m", "benchmarks.measure", row, str(index), length.name]
     command += [contestant.name for contestant in contestants]
-    environment = os.environ | {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {length.xla_flags}".strip()}
+    flags = UNOPTIMISED if measured.mode is Mode.COUNTED else length.xla_flags
+    environment = os.environ | {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()}
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=MOST_SECONDS, env=environment)
         if done.returncode == 0:

@@ -51,7 +51,7 @@ class Mode(enum.Enum):
     RACE = "race"
     """All contestants in one process: compiled first, then called in turns."""
     ALONE = "alone"
-    """A process for each contestant: seconds to build, and peak memory of one call."""
+    """A process for each contestant: seconds to build, and time and peak memory of one call."""
     COUNTED = "counted"
     """Ours alone: what a gradient does with the vector field."""
     IMPORT = "import"

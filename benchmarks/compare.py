@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from benchmarks.cases import EVERY_PEER, Quality, Want
-from benchmarks.results import Measurement
+from benchmarks.results import Measurement, apart, timed
 
 
 class Reading(enum.Enum):
@@ -124,13 +124,13 @@ def _counts(measurement: Measurement, want: Want) -> bool:
 
 def _ratio(want: Want, own: list[Measurement], theirs: list[Measurement]) -> Cost | None:
     if want.quality is Quality.TIME:
-        ours = [m for m in own if m.mode == "race"]
-        return time_ratio(ours[0], [m for m in theirs if m.mode == "race"]) if ours else None
-    ours, others = ([_alone(m, want.quality) for m in side if m.mode == "alone"] for side in (own, theirs))
+        ours = timed(own)
+        return time_ratio(ours[0], timed(theirs)) if ours else None
+    ours, others = ([_amount(m, want.quality) for m in apart(side)] for side in (own, theirs))
     if not ours or not others or ours[0] is None or others[0] is None:
         return None
     return Cost(ours[0] / max(others[0], 1e-9), Reading.MEASURED)
 
 
-def _alone(measurement: Measurement, quality: Quality) -> float | None:
+def _amount(measurement: Measurement, quality: Quality) -> float | None:
     return measurement.build if quality is Quality.BUILD else measurement.planned_bytes

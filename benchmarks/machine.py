@@ -8,7 +8,7 @@ import platform
 import resource
 import subprocess
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -81,25 +81,35 @@ def release_free_memory() -> None:
         trim(0)
 
 
-def restart_peak() -> int | None:
-    """The bytes in use: on an accelerator JAX's, otherwise the size of the process, which becomes its peak (Linux)."""
+class Memory(NamedTuple):
+    """Bytes in use, and the most that were in use so far: on an accelerator JAX's, otherwise the size of the process."""
+
+    now: int
+    peak: int
+
+
+def restarted_peak() -> Memory | None:
+    """The memory in use, after the process's peak was set back to it (Linux); an accelerator's peak stays what it is."""
     device = on_device()
     if device is not None:
-        return device["bytes_in_use"]
+        return Memory(device["bytes_in_use"], device["peak_bytes_in_use"])
     release_free_memory()
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
         return None
-    return _status("VmRSS")
+    now = _status("VmRSS")
+    return None if now is None else Memory(now, now)
 
 
-def peak() -> int | None:
-    """The most bytes in use since `restart_peak`; on an accelerator, since the process began."""
+def grown_by(before: Memory | None) -> int | None:
+    """By how many bytes what was in use has grown at most, since `restarted_peak`; None on an accelerator whose peak was
+    higher before."""
     device = on_device()
-    if device is not None:
-        return device["peak_bytes_in_use"]
-    return _status("VmHWM")
+    peak = _status("VmHWM") if device is None else device["peak_bytes_in_use"]
+    if before is None or peak is None or (device is not None and peak <= before.peak):
+        return None
+    return max(0, peak - before.now)
 
 
 def largest_ever() -> int:

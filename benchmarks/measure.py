@@ -2,9 +2,11 @@
 
 import dataclasses
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -39,12 +41,12 @@ def measure(measured: Measured, length: Length, contestants: tuple[Contestant, .
 
 
 def warm_up() -> None:
-    """Let JAX and LLVM start, so that the first contestant does not pay for it."""
+    """Let JAX, LLVM and the threads that compute start, so that the first contestant does not pay for it."""
 
     def loop(x: jax.Array) -> jax.Array:
-        return jnp.sum(jax.lax.scan(lambda carry, _: (jnp.sin(carry), None), x, length=3)[0])
+        return jnp.sum(jax.lax.scan(lambda carry, _: (jnp.sin(carry @ carry), None), x, length=3)[0])
 
-    jax.jit(jax.grad(loop)).lower(jnp.ones(3)).compile()
+    jax.block_until_ready(jax.jit(jax.grad(loop))(jnp.ones((256, 256))))
 
 
 def race(case: Case, problem: Problem, length: Length) -> Iterator[Measurement]:
@@ -71,32 +73,25 @@ def alone(case: Case, problem: Problem, length: Length) -> Iterator[Measurement]
         try:
             tolerance = case.tolerances[0]
             executable = contestant.load()(problem, case.quantity).ready(tolerance)
-            before = machine.restart_peak()
-            start = time.perf_counter()
-            result = executable.call()
-            milliseconds = 1e3 * (time.perf_counter() - start)
-            peak = machine.peak()
-            described = _described(blank, executable.build, executable.outcome(result), problem, case)
+            entry = _called_once(executable, dataclasses.replace(blank, tolerance=tolerance), problem, case)
         except Exception as error:
             yield _failed(blank, error)
             continue
-        grown = None if before is None or peak is None else max(0, peak - before)
-        whole = machine.largest_ever()
-        yield dataclasses.replace(
-            described, tolerance=tolerance, milliseconds=milliseconds, turns=1, peak_bytes=grown, process_bytes=whole
-        )
+        timed = dataclasses.replace(entry.measurement, milliseconds=1e3 * entry.first, turns=1)
+        yield dataclasses.replace(timed, process_bytes=machine.largest_ever())
 
 
 def imported(case: Case, problem: Problem, length: Length) -> Iterator[Measurement]:
     """What importing packages costs in fresh processes."""
-    for contestant in case.contestants:
-        blank = _blank(case, problem, contestant, Mode.IMPORT)
-        try:
-            taken = imports.seconds(contestant.entry, length.turns)
-        except Exception as error:
-            yield _failed(blank, error)
-            continue
-        yield _timed(blank, taken)
+    with tempfile.TemporaryDirectory() as bytecode:
+        for contestant in case.contestants:
+            blank = _blank(case, problem, contestant, Mode.IMPORT)
+            try:
+                taken = imports.seconds(contestant.entry, length.turns, Path(bytecode))
+            except Exception as error:
+                yield _failed(blank, error)
+                continue
+            yield _timed(blank, taken)
 
 
 def counted(case: Case, problem: Problem, length: Length) -> Iterator[Measurement]:
@@ -112,7 +107,7 @@ def counted(case: Case, problem: Problem, length: Length) -> Iterator[Measuremen
         yield dataclasses.replace(blank, told={name: float(value) for name, value in counts._asdict().items()})
 
 
-SLOW = 1.0
+SLOW = 0.5
 """A first call that takes so many seconds is the first turn: it is compiled, and warming up does not matter to it."""
 
 REST = 0.01
@@ -140,7 +135,8 @@ def _a_while(executable: Executable, least: float) -> float:
 
 
 def _prepared(case: Case, problem: Problem, contestant: Contestant) -> Iterator[Entry | Measurement]:
-    """The contestant's programs for all tolerances, called once to see their errors; or why there is none."""
+    """The contestant's programs for all tolerances, called once to see their errors; or why there is none. Only its very
+    first call shows what memory it takes: later ones take again what that one freed."""
     blank = _blank(case, problem, contestant, Mode.RACE)
     try:
         program = contestant.load()(problem, case.quantity)
@@ -150,14 +146,22 @@ def _prepared(case: Case, problem: Problem, contestant: Contestant) -> Iterator[
     for tolerance in case.tolerances:
         at = dataclasses.replace(blank, tolerance=tolerance)
         try:
-            executable = program.ready(tolerance)
-            start = time.perf_counter()
-            result = executable.call()
-            first = time.perf_counter() - start
-            described = _described(at, executable.build, executable.outcome(result), problem, case)
-            yield Entry(executable, first, described)
+            entry = _called_once(program.ready(tolerance), at, problem, case)
+            first = tolerance == case.tolerances[0]
+            yield entry if first else entry._replace(measurement=dataclasses.replace(entry.measurement, peak_bytes=None))
         except Exception as error:
             yield _failed(at, error)
+
+
+def _called_once(executable: Executable, blank: Measurement, problem: Problem, case: Case) -> Entry:
+    """The program after its first call, which shows its error and by how much the process grows."""
+    before = machine.restarted_peak()
+    start = time.perf_counter()
+    result = executable.call()
+    first = time.perf_counter() - start
+    grown = machine.grown_by(before)
+    described = _described(blank, executable.build, executable.outcome(result), problem, case)
+    return Entry(executable, first, dataclasses.replace(described, peak_bytes=grown))
 
 
 def _timed(measurement: Measurement, taken: list[float]) -> Measurement:

@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import NullFormatter
 
 from benchmarks.cases import Row
-from benchmarks.results import Measurement, Run
+from benchmarks.results import Measurement, Run, apart, timed
 
 matplotlib.use("Agg")
 FAMILIES = {
@@ -71,10 +71,9 @@ def _precision(row: Row, measured: list[Measurement], looks: Looks, stem: Path) 
     ]
     if not cases:
         return None
-    panels = {case: [m for m in races if m.case == case] for case in cases}
-    return _figure(
-        row.title, panels, looks, stem.with_name(f"{stem.name}-precision.png"), _error, _time, ("relative error", "ms")
-    )
+    panels = {case: Panel([m for m in races if m.case == case], _time, "ms") for case in cases}
+    path = stem.with_name(f"{stem.name}-precision.png")
+    return _figure(row.title, panels, looks, path, _error, "relative error")
 
 
 def _growth(row: Row, measured: list[Measurement], looks: Looks, stem: Path) -> Path | None:
@@ -82,18 +81,16 @@ def _growth(row: Row, measured: list[Measurement], looks: Looks, stem: Path) -> 
     sized = [m for m in measured if m.size is not None]
     if row.axis is None or len({m.size for m in sized}) < FEWEST - 1:
         return None
-    races = [m for m in sized if m.mode == "race"]
-    first = {m.case: m.tolerance for m in reversed(races)}
+    first = {m.case: m.tolerance for m in reversed(timed(sized))}
+    shown = [m for m in sized if m.tolerance == first.get(m.case)]
     panels = {
-        f"{quantity}, ms": [m for m in races if m.quantity == quantity and m.tolerance == first[m.case]]
-        for quantity in dict.fromkeys(m.quantity for m in races)
+        quantity: Panel([m for m in timed(shown) if m.quantity == quantity], _time, "ms")
+        for quantity in dict.fromkeys(m.quantity for m in timed(shown))
     }
-    alone = [m for m in sized if m.mode == "alone" and m.peak_bytes]
-    path = stem.with_name(f"{stem.name}-{row.axis}.png")
-    if not alone:
-        return _figure(row.title, panels, looks, path, _size, _time, (row.axis, "ms"))
-    panels["peak memory of a call, MB"] = alone
-    return _figure(row.title, panels, looks, path, _size, _time_or_memory, (row.axis, ""))
+    if any(m.mode == "alone" for m in sized):
+        memory = [m for m in apart(shown) if m.peak_bytes]
+        panels["peak memory of a call"] = Panel(memory, _memory, "MB")
+    return _figure(row.title, panels, looks, stem.with_name(f"{stem.name}-{row.axis}.png"), _size, row.axis)
 
 
 def _error(m: Measurement) -> float:
@@ -108,31 +105,38 @@ def _size(m: Measurement) -> float:
     return m.size or 0.0
 
 
-def _time_or_memory(m: Measurement) -> float:
-    return _time(m) if m.mode == "race" else (m.peak_bytes or 0) / 1e6
+def _memory(m: Measurement) -> float:
+    return (m.peak_bytes or 0) / 1e6
 
 
 Coordinate = Callable[[Measurement], float]
 
 
+class Panel(NamedTuple):
+    """Measurements, what is drawn of them, and its unit."""
+
+    measurements: list[Measurement]
+    up: Coordinate
+    unit: str
+
+
 def _figure(
     title: str,
-    panels: dict[str, list[Measurement]],
+    panels: dict[str, Panel],
     looks: Looks,
     path: Path,
     across: Coordinate,
-    up: Coordinate,
-    labels: tuple[str, str],
+    label: str,
 ) -> Path:
     columns = 2 if len(panels) == 4 else min(3, len(panels))
     lines = -(-len(panels) // columns)
     figure, grid = plt.subplots(lines, columns, figsize=(4.6 * columns + 2.6, 3.8 * lines), squeeze=False)
-    for axes, (name, measurements) in itertools.zip_longest(grid.flat, panels.items(), fillvalue=(None, None)):
-        if name is None:
+    for axes, (name, panel) in itertools.zip_longest(grid.flat, panels.items(), fillvalue=(None, None)):
+        if panel is None:
             axes.set_axis_off()
             continue
-        _panel(axes, measurements, looks, across, up)
-        axes.set(title=name, xlabel=labels[0], ylabel=labels[1], xscale="log", yscale="log")
+        _draw(axes, panel, looks, across)
+        axes.set(title=name, xlabel=label, ylabel=panel.unit, xscale="log", yscale="log")
         axes.xaxis.set_minor_formatter(NullFormatter())
     entries = dict(pair for axes in grid.flat for pair in zip(*reversed(axes.get_legend_handles_labels()), strict=True))
     figure.legend(entries.values(), entries.keys(), loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8)
@@ -143,8 +147,8 @@ def _figure(
     return path
 
 
-def _panel(axes: Axes, measurements: list[Measurement], looks: Looks, across: Coordinate, up: Coordinate) -> None:
-    for name in dict.fromkeys(m.contestant for m in measurements):
-        points = sorted((across(m), up(m)) for m in measurements if m.contestant == name)
+def _draw(axes: Axes, panel: Panel, looks: Looks, across: Coordinate) -> None:
+    for name in dict.fromkeys(m.contestant for m in panel.measurements):
+        points = sorted((across(m), panel.up(m)) for m in panel.measurements if m.contestant == name)
         axes.plot(*zip(*points, strict=True), label=name, markersize=4, **looks[name])
     axes.grid(which="major", alpha=0.3)

@@ -20,7 +20,6 @@ import jax
 import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
-from scipy.integrate import solve_ivp
 from tqdm import tqdm
 
 from benchmarks import problems
@@ -124,6 +123,8 @@ def by_adjoint(problem: Problem, rtol: float) -> Truth:
 
 def _solved(rate: Callable[..., object], start: np.ndarray, times: np.ndarray, rtol: float) -> np.ndarray:
     """The states at the times."""
+    from scipy.integrate import solve_ivp
+
     times = times.astype(np.float64)
     solution = solve_ivp(rate, times[[0, -1]], start, "DOP853", t_eval=times, rtol=rtol, atol=rtol / 10)
     if not solution.success:

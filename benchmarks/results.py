@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,8 @@ class Measurement:
     - `milliseconds`, `quartiles`: of a call; the median over turns, and the quartiles on both sides of it.
     - `error`: the largest deviation from the reference, relative to its largest entry.
     - `trace`, `lower`, `compile`: seconds. `temporary_bytes`, `output_bytes`: as the compiler plans them.
-    - `peak_bytes`: by how much the process grew in one call. `process_bytes`: the largest size that a process for this
-      contestant alone ever had, compilation included.
+    - `peak_bytes`: by how much the process grew in the contestant's first call. `process_bytes`: the largest size that a
+      process for this contestant alone ever had, compilation included.
     - `told`: what the library tells, summed over lanes; for adaptive lanes `largest_steps`, the most that any lane took.
     - `problem`: why there is nothing else, if the contestant is missing or failed.
     """
@@ -69,6 +69,23 @@ class Run:
 
 
 Runs = dict[str, Run]
+
+
+def measured_in(measurements: Iterable[Measurement], *modes: str) -> list[Measurement]:
+    """Those of every case in the first of these modes in which it was measured."""
+    every = list(measurements)
+    mode = {m.case: m.mode for wanted in reversed(modes) for m in every if m.mode == wanted}
+    return [m for m in every if mode.get(m.case) == m.mode]
+
+
+def timed(measurements: Iterable[Measurement]) -> list[Measurement]:
+    """Times of calls: of races, and of single calls where there was no race."""
+    return measured_in(measurements, "race", "alone")
+
+
+def apart(measurements: Iterable[Measurement]) -> list[Measurement]:
+    """Builds and memory: of processes for one contestant, and of races where there were none."""
+    return measured_in(measurements, "alone", "race")
 
 
 def as_json(measurements: list[Measurement]) -> str:

@@ -146,6 +146,35 @@ def run_python(code, **environment):
     )
 
 
+def test_every_public_name_is_there_and_its_module_is_imported_when_it_is_asked_for():
+    code = """
+import sys
+import adjoint_jax
+late = {"adjoint_jax." + module for module in adjoint_jax._LATER} | {"adjoint_jax.diagnostics"}
+assert not late & set(sys.modules), late & set(sys.modules)
+assert set(adjoint_jax.__all__) <= set(dir(adjoint_jax))
+from adjoint_jax import *
+from adjoint_jax import Rodas5P
+assert Rodas5P is adjoint_jax.Rodas5P is sys.modules["adjoint_jax.solvers.rosenbrock_methods"].Rodas5P
+assert late <= set(sys.modules)
+try:
+    adjoint_jax.Rodas6P
+except AttributeError as error:
+    print(error)
+"""
+    outcome = run_python(code)
+    assert outcome.stdout.strip() == "module 'adjoint_jax' has no attribute 'Rodas6P'", outcome.stderr
+
+
+def test_type_checkers_see_what_is_imported_later():
+    import adjoint_jax
+
+    block = next(node for node in SOURCES["__init__"].body if isinstance(node, ast.If))
+    seen = set(imported_names(block))
+    later = {f"adjoint_jax.{module}.{name}" for module, names in adjoint_jax._LATER.items() for name in names}
+    assert seen == later | {"adjoint_jax.diagnostics"}
+
+
 def test_importing_starts_no_backend_and_flips_no_flag():
     """With a platform that does not exist, everything that would start a backend fails."""
     code = """

@@ -13,7 +13,7 @@ from adjoint_jax.lanes import any_lane
 from adjoint_jax.linear.dense import DenseJacobian
 from adjoint_jax.linear.jacobian import AbstractJacobian
 from adjoint_jax.problem import Interval, Parameters, Problem
-from adjoint_jax.quadrature import Nodes, gauss_legendre
+from adjoint_jax.quadrature import Nodes, Rule, gauss_legendre
 from adjoint_jax.solvers.methods import Tsit5
 from adjoint_jax.solvers.rosenbrock_methods import Rodas5P
 from adjoint_jax.solvers.solver import (
@@ -117,7 +117,7 @@ class AutoSolver(AbstractImplicitSolver):
         return Interpolant(step.interval.start, step.interval.end, step.before.y, step.stages[0])
 
     def quadrature(self, step: Step) -> Nodes:
-        return _RULE.over(self.interpolant(step))
+        return _rule().over(self.interpolant(step))
 
     def transposed_step(
         self, problem: Problem, interval: Interval, state: Watched, cotangent: StepOutputs
@@ -125,7 +125,7 @@ class AutoSolver(AbstractImplicitSolver):
         of_y, of_cost = cotangent._replace(after=cotangent.after.y), None
         if problem.running_cost is not None:
             interpolant = self.interpolant(self.step(problem, interval, state, None))
-            of_y, of_cost = through_interpolant(problem, interpolant, _RULE, of_y)
+            of_y, of_cost = through_interpolant(problem, interpolant, _rule(), of_y)
         plain = problem.without_cost()
         y, gradient = self._by_either(state, lambda solver: solver.transposed_step(plain, interval, state.y, of_y))
         return tree.zeros_like(state)._replace(y=y), gradient if of_cost is None else with_cost(gradient, of_cost)
@@ -141,7 +141,9 @@ class _Taken(NamedTuple):
     evaluations: Int[Array, ""]
 
 
-_RULE = gauss_legendre(3)
+def _rule() -> Rule:
+    """The quadrature of the cost on either method's interpolant."""
+    return gauss_legendre(3)
 
 
 def _watched(problem: Problem, interval: Interval, state: Watched, y: Arrays) -> Watched:

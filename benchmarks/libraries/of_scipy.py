@@ -40,15 +40,12 @@ def by_lsoda(problem: Problem, field: Callable[..., Any], tolerance: float) -> n
     return ys if problem.ts is not None else ys[-1:]
 
 
-def by_solve_ivp(problem: Problem, field: Callable[..., Any], tolerance: float, method: str) -> np.ndarray:
+def by_dop853(problem: Problem, field: Callable[..., Any], tolerance: float) -> np.ndarray:
     span = problem.t0, problem.t1
     options = {"t_eval": problem.ts, "rtol": tolerance, "atol": tolerance * problem.scale}
-    ys = solve_ivp(field, span, problem.y0, method, **options).y.T
+    ys = solve_ivp(field, span, problem.y0, "DOP853", **options).y.T
     return ys if problem.ts is not None else ys[-1:]
 
 
 lsoda = functools.partial(ScipyProgram, solve=by_lsoda)
-rk45 = functools.partial(ScipyProgram, solve=functools.partial(by_solve_ivp, method="RK45"))
-radau = functools.partial(ScipyProgram, solve=functools.partial(by_solve_ivp, method="Radau"))
-bdf = functools.partial(ScipyProgram, solve=functools.partial(by_solve_ivp, method="BDF"))
-dop853 = functools.partial(ScipyProgram, solve=functools.partial(by_solve_ivp, method="DOP853"))
+dop853 = functools.partial(ScipyProgram, solve=by_dop853)

@@ -12,27 +12,16 @@ class Backpropagation(TorchProgram):
     """Plain backpropagation through the solver, its documentation's default."""
 
     def solve(self, parameters: Any, tolerance: float | None) -> torch.Tensor:
-        return self._arranged(torchdiffeq.odeint, parameters, tolerance)
-
-    def _arranged(self, odeint: Any, parameters: Any, tolerance: float | None, **options: Any) -> torch.Tensor:
         problem = self.problem
         if problem.steps is None:
-            options |= {"rtol": tolerance, "atol": tolerance, "method": "dopri5"}
+            options: dict[str, Any] = {"rtol": tolerance, "atol": tolerance, "method": "dopri5"}
         else:
             step = (problem.t1 - problem.t0) / problem.steps
-            options |= {"method": "rk4", "options": {"step_size": step, "perturb": False}}
+            options = {"method": "rk4", "options": {"step_size": step, "perturb": False}}
         field = Bound(self.field, parameters)
-        ys = odeint(field, self.y0, self.times, **options)
+        ys = torchdiffeq.odeint(field, self.y0, self.times, **options)
         ys = ys if problem.ts is not None else ys[-1:]
         return ys if problem.lanes is None else ys.transpose(0, 1)
-
-
-class Adjoint(Backpropagation):
-    """The continuous adjoint with the state integrated backward."""
-
-    def solve(self, parameters: Any, tolerance: float | None) -> torch.Tensor:
-        leaves = tuple(torch.utils._pytree.tree_leaves(parameters))
-        return self._arranged(torchdiffeq.odeint_adjoint, parameters, tolerance, adjoint_params=leaves)
 
 
 class Bound(torch.nn.Module):
@@ -46,4 +35,4 @@ class Bound(torch.nn.Module):
         return self.field(t, y, self.bound)
 
 
-backpropagation, adjoint = Backpropagation, Adjoint
+backpropagation = Backpropagation

@@ -75,7 +75,6 @@ _tsit5, _rk4, _rodas5p = aj.Tsit5(), aj.RK4(), aj.Rodas5P()
 discrete = With(aj.DiscreteAdjoint(), _tsit5)
 discrete_bounded = With(aj.DiscreteAdjoint(), _tsit5, bounded=True)
 discrete_rk4 = With(aj.DiscreteAdjoint(), _rk4)
-stages = With(aj.DiscreteAdjoint(keep=aj.KeepStages()), _tsit5)
 linearisations = With(aj.DiscreteAdjoint(keep=aj.KeepLinearisations()), _tsit5)
 linearisations_rk4 = With(aj.DiscreteAdjoint(keep=aj.KeepLinearisations()), _rk4)
 gauss = With(aj.GaussAdjoint(), _tsit5)
@@ -84,9 +83,7 @@ backsolve_rk4 = With(aj.BacksolveAdjoint(), _rk4)
 reversible_rk4 = With(aj.ReversibleAdjoint(), aj.Reversible(_rk4))
 forward_mode = With(aj.ForwardMode(), _tsit5, forward_gradient)
 rodas5p = With(aj.DiscreteAdjoint(), _rodas5p)
-rodas5p_forward_mode = With(aj.ForwardMode(), _rodas5p, forward_gradient)
 kvaerno5 = With(aj.DiscreteAdjoint(), aj.Kvaerno5())
-bdf = With(aj.DiscreteAdjoint(), aj.BDF())
 
 
 def square_root_checkpoints_rk4(problem: Problem, quantity: Quantity) -> Program:
