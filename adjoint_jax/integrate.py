@@ -374,13 +374,13 @@ class _GridLoop(NamedTuple):
             pairs = zip(self.recorders, records, strict=True)
             records = tuple(recorder.flush(record, place, end) for recorder, record in pairs)
             here = _Finite(state, slot + segment)
-            return (pace, records, tree.where(tree.all_finite(state), here, finite)), None
+            return (pace, records, tree.where(self.solver.is_finite(state), here, finite)), None
 
         slots = segment * jnp.arange(strides.start.shape[0], dtype=jnp.int32)
         start = self.solver.start(problem)
         carry = (_Pace(start, slope, _zero()), records, _Finite(start, _zero()))
         (state, _, iterations), records, finite = jax.lax.scan(run_segment, carry, (strides, slots))[0]
-        status = jnp.where(tree.all_finite(state), Status.SUCCESS, Status.NON_FINITE)
+        status = jnp.where(self.solver.is_finite(state), Status.SUCCESS, Status.NON_FINITE)
         status = jnp.where(is_consistent(problem), status, Status.INCONSISTENT)
         status = jnp.where(valid, status, Status.INVALID_TIMES).astype(jnp.int32)
         taken = self._finite_steps(grid, finite)
@@ -410,7 +410,7 @@ class _GridLoop(NamedTuple):
             (state, n), finite = walk
             interval = self.controller.interval(tree.take(grid, n), tree.take(grid, n + 1))
             after = self.solver.step(self.problem, interval, state, None).after
-            finite &= (n < steps) & tree.all_finite(after)
+            finite &= (n < steps) & self.solver.is_finite(after)
             return tree.where(finite, _Finite(after, n + 1), _Finite(state, n)), finite
 
         start = known._replace(steps=jnp.minimum(known.steps, steps))

@@ -1,7 +1,7 @@
 """`solve` and `odeint`."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -105,9 +105,8 @@ def solve(
     dt0 = undifferentiable(dt0, constants.format("dt0"))
     integrator = Integrator(solver, controller, dt0, max_steps)
     arguments = vector_field, running_cost, mass, t0, t1, y0, canonical_args(args, y0)
-    rest = integrator, saveats, adjoint
-    solved = _solve(*tree.as_jax((*arguments, *rest)), throw) if tree.is_staged() else _compiled(*arguments, *rest, throw)
-    parts, solution = solved
+    given = _Given(*arguments, integrator, saveats, adjoint)
+    parts, solution = _solve(tree.as_jax(given), throw) if tree.is_staged() else _compiled(given, throw)
     ts, ys = (jax.tree.unflatten(structure, part) for part in zip(*parts, strict=True))
     solution = Solution(tree.map(jnp.asarray, ts), ys, *solution)
     return raise_on_failure(solution) if throw else solution
@@ -137,19 +136,23 @@ def odeint(
     return solve(vector_field, ts[0], ts[-1], y0, args, saveat=SaveAt(ts), **options).ys
 
 
-def _solve(
-    vector_field: VectorField,
-    running_cost: RunningCost | None,
-    mass: Array | None,
-    t0: Scalar,
-    t1: Scalar,
-    y0: Arrays,
-    args: PyTree[Any],
-    integrator: Integrator,
-    saveats: list[SaveAt],
-    adjoint: AbstractAdjoint,
-    throw: bool,
-) -> tuple[list[tuple[Array | None, PyTree[Any]]], tuple[Any, ...]]:
+class _Given(NamedTuple):
+    """The arguments of a solve, checked and canonical."""
+
+    vector_field: VectorField
+    running_cost: RunningCost | None
+    mass: Array | None
+    t0: Scalar
+    t1: Scalar
+    y0: Arrays
+    args: PyTree[Any]
+    integrator: Integrator
+    saveats: list[SaveAt]
+    adjoint: AbstractAdjoint
+
+
+def _solve(given: _Given, throw: bool) -> tuple[list[tuple[Array | None, PyTree[Any]]], tuple[Any, ...]]:
+    vector_field, running_cost, mass, t0, t1, y0, args, integrator, saveats, adjoint = given
     field, cost = hoist(vector_field, t0, y0, args), hoist_running_cost(running_cost, t0, y0, args)
     problem = Problem(field, cost, args, y0, t0, t1, mass)
     saveats = [_hoisted(save, problem) for save in saveats]

@@ -13,6 +13,7 @@ from problems import HEUN_HERMITE, compare, jit
 import adjoint_jax as aj
 
 KEEPS = {
+    "few states": aj.KeepStates(bytes=2000),
     "stages": aj.KeepStages(),
     "linearisations": aj.KeepLinearisations(),
     "few stages": aj.KeepStages(bytes=2000),

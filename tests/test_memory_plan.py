@@ -98,8 +98,24 @@ def test_linearisations_are_chosen_where_evaluations_are_bound_by_parameters():
     assert plan(aj.DiscreteAdjoint()).memory.kept[0].what == "states"
 
 
+def test_all_states_of_a_given_grid_are_kept_if_they_fit_in_what_is_allowed():
+    """So that no step is taken again; by default in 16 MiB."""
+    steps = 2**24 // STATE + 1
+    allowed = aj.DiscreteAdjoint(keep=aj.KeepStates(bytes=steps * STATE))
+    just_not = aj.DiscreteAdjoint(keep=aj.KeepStates(bytes=steps * STATE - 1))
+    of_all = plan(allowed, controller=aj.FixedSteps(steps))
+    assert of_all.memory.kept[0].number >= steps
+    assert (of_all.memory.segments, of_all.memory.repetitions) == (1, (0.0, 0))
+    for adjoint in (aj.DiscreteAdjoint(), just_not):
+        of_segments = plan(adjoint, controller=aj.FixedSteps(steps))
+        assert of_segments.bytes < 5 * math.isqrt(steps) * STATE
+        assert of_segments.memory.repetitions.most == 1
+    assert plan(aj.DiscreteAdjoint(), controller=aj.FixedSteps(steps - 1)).memory.segments == 1
+
+
 PLANNED = {
     "all states": (aj.DiscreteAdjoint(), aj.RK4()),
+    "few states": (aj.DiscreteAdjoint(keep=aj.KeepStates(bytes=STATE)), aj.RK4()),
     "stages": (aj.DiscreteAdjoint(keep=aj.KeepStages()), aj.RK4()),
     "linearisations": (aj.DiscreteAdjoint(keep=aj.KeepLinearisations()), aj.RK4()),
     "checkpoints": (aj.DiscreteAdjoint(checkpoints=8), aj.RK4()),

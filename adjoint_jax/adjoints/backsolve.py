@@ -97,7 +97,7 @@ class BacksolveAdjoint(AbstractContinuousAdjoint):
         observations = preceded_by_t0(way.problem, observations)
         integrator = reverse_integrator(way, self.solver, self.controller)
         integrator = eqx.tree_at(lambda i: i.controller, integrator, integrator.controller.on_pairs())
-        reverse, system = Reverse(integrator, over_stages(integrator.solver)), _Backward(way.problem, final.cost)
+        reverse, system = Reverse(integrator, over_stages(integrator, way.problem)), _Backward(way.problem, final.cost)
         sizes = jax.vmap(tree.root_mean_squares)(observations.states)
         largest = tree.map(lambda some, last: jnp.maximum(jnp.max(some), last), sizes, tree.root_mean_squares(final.y))
 

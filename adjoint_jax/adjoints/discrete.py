@@ -26,8 +26,8 @@ class DiscreteAdjoint(AbstractExactAdjoint):
     - `checkpoints`: how many states to keep besides those of one segment. With fewer than there are segments, of about the
       square root of the largest number of steps each, they divide what remains again and again: with k free checkpoints,
       r repetitions of the forward steps suffice for (k + r)! / (k! r!) segments, but few are free at first. By default, all
-      states of a given grid are kept if they fit in 16 MiB, and otherwise those at the starts of all segments: one
-      repetition.
+      states of a given grid are kept if they fit in 16 MiB, or in the `bytes` of `KeepStates(bytes)`, and otherwise those
+      at the starts of all segments: one repetition, about a fifth of the gradient's time.
     - `keep`: what is kept of the steps of a segment: `KeepStates()`; `KeepStages()`; or `KeepLinearisations()`, all that
       backpropagation needs, so that nothing is computed twice where it fits. By default linearisations where an explicit
       method takes the steps of a given grid, all of them fit in 16 MiB, those of one step are no larger than the parameters

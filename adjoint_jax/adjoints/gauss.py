@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, DTypeLike, Int
 
 from adjoint_jax import tree
 from adjoint_jax.adjoints.interpolating import AbstractInterpolatingAdjoint
-from adjoint_jax.adjoints.reverse_ode import AbstractReverseSystem, Quadrature, Reverse, ReverseState
+from adjoint_jax.adjoints.reverse_ode import AbstractReverseSystem, AfterSteps, Reverse, ReverseState
 from adjoint_jax.controllers.controller import AbstractController, positive
 from adjoint_jax.integrate import Integrator
 from adjoint_jax.interpolation import Interpolant
@@ -58,30 +58,31 @@ class GaussAdjoint(AbstractInterpolatingAdjoint):
         rtol = positive("GaussAdjoint(rtol)", self.rtol, dtype)
         return eqx.tree_at(lambda gauss: gauss.rtol, adjoint, rtol)
 
-    def reverse(self, integrator: Integrator) -> Reverse:
+    def reverse(self, integrator: Integrator, problem: Problem) -> Reverse:
+        del problem
         if self.rtol is not None:
             return Reverse(integrator, _refined(integrator.solver, self.rtol))
         count = -(-integrator.solver.order // 2) if self.nodes is None else self.nodes
         return Reverse(integrator, _gauss_legendre(integrator.solver, count))
 
 
-def _gauss_legendre(solver: AbstractSolver, count: int) -> Quadrature:
+def _gauss_legendre(solver: AbstractSolver, count: int) -> AfterSteps:
     rule = gauss_legendre(count)
 
     def nodes(step: Step) -> Nodes:
         return rule.over(solver.interpolant(step))
 
-    def quadrature(system: AbstractReverseSystem, start: ReverseState) -> QuadratureRecorder:
+    def recorder(system: AbstractReverseSystem, start: ReverseState) -> QuadratureRecorder:
         return QuadratureRecorder(nodes, system.integral, start.parameters, start.state, dense=True, notes=1)
 
-    return quadrature
+    return AfterSteps(recorder)
 
 
-def _refined(solver: AbstractSolver, rtol: Scalar) -> Quadrature:
-    def quadrature(system: AbstractReverseSystem, start: ReverseState) -> RefinedQuadratureRecorder:
+def _refined(solver: AbstractSolver, rtol: Scalar) -> AfterSteps:
+    def recorder(system: AbstractReverseSystem, start: ReverseState) -> RefinedQuadratureRecorder:
         return RefinedQuadratureRecorder(solver, system, start.parameters, start.state, rtol)
 
-    return quadrature
+    return AfterSteps(recorder)
 
 
 MOST_PARTS = 64

@@ -51,7 +51,7 @@ class AbstractInterpolatingAdjoint(AbstractContinuousAdjoint):
         check_checkpoints(self.checkpoints, type(self).__name__)
 
     @abc.abstractmethod
-    def reverse(self, integrator: Integrator) -> Reverse:
+    def reverse(self, integrator: Integrator, problem: Problem) -> Reverse:
         """The integration of a(t) by an integrator."""
 
     def prepare(self, dtype: DTypeLike) -> "AbstractInterpolatingAdjoint":
@@ -71,7 +71,7 @@ class AbstractInterpolatingAdjoint(AbstractContinuousAdjoint):
     def sweep(self, way: Way, records: Sequence[Any], observations: Observations, final: Final) -> Swept:
         trail = records[0].standing_still(way)
         observations = preceded_by_t0(way.problem, observations)
-        reverse = self.reverse(reverse_integrator(way, self.solver, self.controller))
+        reverse = self.reverse(reverse_integrator(way, self.solver, self.controller), way.problem)
         sweep = _SegmentSweep(way, trail, reverse, observations, final.cost)
         h = jnp.abs(way.report.reached - way.problem.t0) / jnp.maximum(way.report.stats.accepted, 1)
         start = ReverseState.beginning(final.t, final.a, final.parameters, h)
@@ -105,8 +105,8 @@ class InterpolatingAdjoint(AbstractInterpolatingAdjoint):
     controller: AbstractController | None = None
     checkpoints: int | None = eqx.field(static=True, default=None)
 
-    def reverse(self, integrator: Integrator) -> Reverse:
-        return Reverse(integrator, over_stages(integrator.solver))
+    def reverse(self, integrator: Integrator, problem: Problem) -> Reverse:
+        return Reverse(integrator, over_stages(integrator, problem))
 
 
 class _Stand(NamedTuple):

@@ -272,7 +272,7 @@ def tape_recorder(
     length = root = math.isqrt(slots)
     if not is_grid:
         length = max(root, LANE_SEGMENT_BYTES // kept_bytes)
-    elif whole and checkpoints is None and slots * kept_bytes <= keep.budget:
+    elif whole and checkpoints is None and slots * kept_bytes <= keep.bytes:
         length = slots
     if checkpoints is not None:
         length = min(length, math.ceil(slots / checkpoints))

@@ -36,8 +36,7 @@ class ConstantStepSize(AbstractStepSize):
         return Proposal(self.dt * jnp.sign(problem.t1 - problem.t0), (), 0)
 
     def judge(self, solver: AbstractSolver, step: Step, proposal: Scalar, memory: PyTree[Any]) -> Verdict:
-        del solver
-        finite = tree.all_finite(step.after)
+        finite = solver.is_finite(step.after)
         return Verdict(finite, finite, jnp.where(finite, proposal, 0.0), memory)
 
     def smallest(self, t: Scalar) -> Scalar:

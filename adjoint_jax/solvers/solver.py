@@ -7,7 +7,7 @@ from typing import ClassVar, NamedTuple
 
 import equinox as eqx
 import jax
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int
 
 from adjoint_jax import tree
 from adjoint_jax.interpolation import Interpolant
@@ -108,6 +108,10 @@ class AbstractSolver(eqx.Module):
     def output(self, state: Arrays) -> Arrays:
         """y, of a state of the method: a selection, so that its transpose is known without a value."""
         return state
+
+    def is_finite(self, state: Arrays) -> Bool[Array, ""]:
+        """Whether the method can go on from a state."""
+        return tree.all_finite(state)
 
     def slope(self, problem: Problem, t: Scalar, state: Arrays) -> Arrays:
         """The first stage of a step from the state."""

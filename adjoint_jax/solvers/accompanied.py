@@ -1,0 +1,87 @@
+"""An explicit Runge-Kutta method that integrates something else along its stages."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from jaxtyping import Array, Bool
+
+from adjoint_jax import tree
+from adjoint_jax.interpolation import Interpolant
+from adjoint_jax.problem import Interval, Problem
+from adjoint_jax.quadrature import Nodes
+from adjoint_jax.solvers.explicit_runge_kutta import ExplicitRungeKutta
+from adjoint_jax.solvers.solver import AbstractSolver, Step
+from adjoint_jax.tree import Arrays, Scalar
+
+
+class Along(NamedTuple):
+    """y, and the integral along it so far; or their derivatives."""
+
+    y: Arrays
+    integral: Arrays
+
+
+class Accompanied(AbstractSolver):
+    """A method whose every stage evaluates the field and an integrand together, for where the two share work.
+
+    What the method gives for a further state whose derivative is the integrand is the integral's sum over its stages:
+    no more than its `quadrature`, since nothing depends on the integral. So the integral is carried from step to step, but
+    is no part of y, of the error estimate, or of what must be finite for the integration to go on. The stages of the
+    integral that the method would compute are not used, and XLA removes them. The first stage of a step is never taken over
+    from the step before, which knows the field there, but not the integrand.
+
+    - `rates`: (t, y) -> the field and the integrand.
+    - `so_far`: the integral at t0.
+    """
+
+    method: ExplicitRungeKutta
+    rates: Callable[[Scalar, Arrays], Along]
+    so_far: Arrays
+
+    @property
+    def order(self) -> int:
+        return self.method.order
+
+    @property
+    def error_order(self) -> int | None:
+        return self.method.error_order
+
+    @property
+    def dense_degree(self) -> int:
+        return self.method.dense_degree
+
+    @property
+    def extra_stages(self) -> int:
+        return self.method.extra_stages
+
+    def evaluations(self, *, estimated: bool, interpolated: bool) -> int:
+        return len(self.method.stages_needed(estimated=estimated, interpolated=interpolated))
+
+    def start(self, problem: Problem) -> Along:
+        return Along(problem.y0, self.so_far)
+
+    def output(self, state: Along) -> Arrays:
+        return state.y
+
+    def is_finite(self, state: Along) -> Bool[Array, ""]:
+        return tree.all_finite(state.y)
+
+    def step(self, problem: Problem, interval: Interval, state: Along, first: Arrays | None) -> Step:
+        del first
+        together = problem.of_field(lambda t, state, args: self.rates(t, state.y))
+        step = self.method.step(together, interval, state, None)
+        error = None if step.error is None else step.error.y
+        return step._replace(stages=tuple(stage.y for stage in step.stages), error=error)
+
+    def blank_step(self, t: Scalar, state: Along) -> Step:
+        return self.method.blank_step(t, state.y)._replace(before=state, after=state)
+
+    def with_dense_stages(self, problem: Problem, step: Step) -> Step:
+        dense = self.method.with_dense_stages(problem, step._replace(before=step.before.y))
+        return step._replace(stages=dense.stages)
+
+    def interpolant(self, step: Step) -> Interpolant:
+        return self.method.interpolant(step._replace(before=step.before.y))
+
+    def quadrature(self, step: Step) -> Nodes:
+        return self.method.quadrature(step._replace(before=step.before.y))
