@@ -31,6 +31,10 @@ _ATTRIBUTES = {"inlineable": "false", "xla_cpu_small_call": "true"}
 MOST_ENTRIES = 2048
 """Of any array that is computed in a loop: where arrays are larger, operations take longer than starting them, and
 XLA:CPU shares them among its threads."""
+MOST_LANES = 512
+"""Lanes of a `vmap` that are one kernel: with 256, a Lotka-Volterra gradient takes half the time, with 1,024 as long."""
+MOST_SUMMED = 2048
+"""Entries of an array that is reduced: XLA:CPU gives floating-point reductions of some more to a library."""
 MOST_OPERATIONS = 4000
 """Of a program: the time that LLVM takes for a function grows faster than its length."""
 
@@ -65,10 +69,15 @@ class _Program:
 
 
 def in_one_kernel(function: Callable[..., Any], *operands: Any) -> Any:
-    """`function(*operands)`, on a single CPU as one kernel, if it is a program of small arrays that can be one.
+    """`function(*operands)`, on a single CPU as one kernel, if it is a program of small arrays that can be one; so are lanes
+    of a `vmap` together, if they are few.
 
-    Lanes of a `vmap`, forward-mode derivatives and programs on several devices are compiled in the usual way."""
-    traced, known = eqx.partition(operands, tree.is_traced)
+    Forward-mode derivatives and programs on several devices are compiled in the usual way."""
+    return _in_one_kernel(function, operands, MOST_ENTRIES)
+
+
+def _in_one_kernel(function: Callable[..., Any], operands: Sequence[Any], most_entries: int) -> Any:
+    traced, known = eqx.partition(tuple(operands), tree.is_traced)
     leaves, structure = jax.tree.flatten(traced)
     results = []
 
@@ -80,26 +89,37 @@ def in_one_kernel(function: Callable[..., Any], *operands: Any) -> Any:
 
     closed = jax.make_jaxpr(flat)(*leaves)
     program, inputs = _Program(closed.jaxpr, closed.consts), [*filter(tree.is_traced, closed.consts), *leaves]
-    outputs = _kernel_p.bind(*inputs, program=program) if _suits(closed.jaxpr, inputs) else program(*inputs)
+    suits = _suits(closed.jaxpr, inputs, most_entries)
+    outputs = _kernel_p.bind(*inputs, program=program) if suits else program(*inputs)
     structure, rest = results[0]
     return eqx.combine(jax.tree.unflatten(structure, outputs), rest)
 
 
-def _suits(jaxpr: Any, inputs: Sequence[Array]) -> bool:
-    is_simple = not jaxpr.effects and all(leaf.size for leaf in inputs)
-    return is_simple and _is_of_small_arrays(jaxpr, in_loop=False) and _length(jaxpr) <= MOST_OPERATIONS
+def _suits(jaxpr: Any, inputs: Sequence[Array], most_entries: int) -> bool:
+    if jaxpr.effects or not all(leaf.size for leaf in inputs) or _length(jaxpr) > MOST_OPERATIONS:
+        return False
+    return _can_be_a_kernel(jaxpr, None, most_entries)
 
 
-def _is_of_small_arrays(jaxpr: Any, *, in_loop: bool) -> bool:
+def _can_be_a_kernel(jaxpr: Any, limit: int | None, in_loops: int) -> bool:
+    """Whether all its operations can be part of a kernel, and their results are within the limit, or that in loops."""
     for equation in jaxpr.eqns:
         name = equation.primitive.name
-        is_large = any(variable.aval.size > MOST_ENTRIES for variable in equation.outvars)
-        if name not in _ALLOWED or (in_loop and is_large and name not in _OF_ANY_SIZE):
+        if name not in _ALLOWED:
             return False
-        within = in_loop or name in ("scan", "while")
-        if not all(_is_of_small_arrays(called, in_loop=within) for called in programs_of(equation)):
+        if name.startswith("reduce_") and equation.invars[0].aval.size > MOST_SUMMED and _is_of_floats(equation):
+            return False
+        largest = max((variable.aval.size for variable in equation.outvars), default=0)
+        if limit is not None and name not in _OF_ANY_SIZE and largest > limit:
+            return False
+        within = in_loops if name in ("scan", "while") else limit
+        if not all(_can_be_a_kernel(called, within, in_loops) for called in programs_of(equation)):
             return False
     return True
+
+
+def _is_of_floats(equation: Any) -> bool:
+    return jnp.issubdtype(equation.invars[0].aval.dtype, jnp.inexact)
 
 
 def _length(jaxpr: Any) -> int:
@@ -131,7 +151,9 @@ def _lowered_on_cpu(context: Any, *operands: Any, program: _Program) -> Any:
 
 
 def _in_lanes(operands: Sequence[Any], axes: Sequence[Any], *, program: _Program) -> tuple[list[Any], list[int]]:
-    results = jax.vmap(program, tuple(axes))(*operands)
+    number = next(operand.shape[axis] for operand, axis in zip(operands, axes, strict=True) if axis is not None)
+    lanes = jax.vmap(program, tuple(axes))
+    results = lanes(*operands) if number > MOST_LANES else _in_one_kernel(lanes, operands, number * MOST_ENTRIES)
     return results, [0] * len(results)
 
 

@@ -16,7 +16,7 @@ from adjoint_jax.saveat import Rows
 from adjoint_jax.tree import Arrays, Scalar
 
 PULLED_ROWS = 16
-PULLED_ROWS_OF_ONE_STEP = 4
+PULLED_ROWS_OF_ONE_STEP = 1
 PULLED_BYTES = 4096
 """Rows that are pulled back at a time: so many, or fewer if they are larger than that."""
 
