@@ -69,8 +69,8 @@ class _Program:
 
 
 def in_one_kernel(function: Callable[..., Any], *operands: Any) -> Any:
-    """`function(*operands)`, on a single CPU as one kernel, if it is a program of small arrays that can be one; so are lanes
-    of a `vmap` together, if they are few.
+    """`function(*operands)`, on a single CPU as one kernel, if it is a program of small arrays that can be one. Lanes of a
+    `vmap` are one kernel together, if they are few.
 
     Forward-mode derivatives and programs on several devices are compiled in the usual way."""
     return _in_one_kernel(function, operands, MOST_ENTRIES)

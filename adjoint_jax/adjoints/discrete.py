@@ -3,7 +3,7 @@
 import equinox as eqx
 
 from adjoint_jax.adjoints.adjoint import Inputs, Run, Saved
-from adjoint_jax.adjoints.componentwise import solve_in_scalars
+from adjoint_jax.adjoints.componentwise import in_scalars
 from adjoint_jax.adjoints.exact import AbstractExactAdjoint
 from adjoint_jax.adjoints.keep import AbstractKeep, KeepStates, suitable_keep
 from adjoint_jax.adjoints.tape import check_checkpoints, tape_recorder
@@ -50,8 +50,11 @@ class DiscreteAdjoint(AbstractExactAdjoint):
             raise TypeError(f"DiscreteAdjoint(keep=...) must be KeepStates() or another of its kind, got {self.keep!r}.")
 
     def solve(self, inputs: Inputs, run: Run) -> tuple[Saved, Report]:
-        small = solve_in_scalars(inputs, run, self) if isinstance(self.keep, KeepStates | None) else None
-        return super().solve(inputs, run) if small is None else small
+        small = in_scalars(inputs, run.integrator) if isinstance(self.keep, KeepStates | None) else None
+        if small is None:
+            return super().solve(inputs, run)
+        saved, report = super().solve(small.inputs, run)
+        return small.saved_in_arrays(saved, small.inputs.requests), report
 
     def recorders(self, integrator: Integrator, inputs: Inputs) -> list[AbstractRecorder]:
         return [tape_recorder(self._keep(integrator, inputs), self.checkpoints, integrator, inputs, whole=True)]
