@@ -49,8 +49,11 @@ class Outcome(NamedTuple):
     report: Report
 
 
-Mark = Any
-"""What a loop can be taken up from again: the method's state and, where steps are chosen, what their choice depends on."""
+class Mark(NamedTuple):
+    """What a loop can be taken up from again: the method's state and, where steps are chosen, where the choice stands."""
+
+    state: Arrays
+    choice: Any
 
 
 class Stretch(NamedTuple):
@@ -127,7 +130,7 @@ class _Walk(NamedTuple):
     where the method hands it on from step to step; `extra` counts evaluations besides those of the attempted steps."""
 
     t: Scalar
-    state: Arrays
+    state: Any
     slope: Arrays | None
     h: Scalar
     memory: PyTree[Any]
@@ -137,9 +140,9 @@ class _Walk(NamedTuple):
     extra: Int[Array, ""]
 
     @property
-    def mark(self) -> "_Walk":
+    def mark(self) -> Mark:
         """What it can be taken up from again: without the slope, which is as large as the state and one evaluation."""
-        return self._replace(slope=None)
+        return Mark(self.state, self._replace(state=None, slope=None))
 
 
 class _Chunk(NamedTuple):
@@ -199,15 +202,15 @@ class _SteppingLoop(NamedTuple):
         progress = jax.lax.while_loop(lambda p: p.going, fill_chunk if whole else fill_segment, progress)
         return Outcome(progress.walk.state, progress.records, self._report(progress.walk, progress.place.slot))
 
-    def again(self, mark: _Walk, stretch: Stretch, records: tuple[Any, ...]) -> tuple[_Walk, tuple[Any, ...]]:
+    def again(self, mark: Mark, stretch: Stretch, records: tuple[Any, ...]) -> tuple[Mark, tuple[Any, ...]]:
         def unfilled(progress: _Progress) -> Bool[Array, ""]:
             return progress.going & (progress.place.position < stretch.steps)
 
-        walk = mark
+        walk: _Walk = mark.choice._replace(state=mark.state)
         if self.solver.reuses_last_stage:
-            first = self.controller.interval(mark.t, self.problem.t1).first
-            walk = mark._replace(slope=self.solver.slope(self.problem, first, mark.state))
-        start = Place(stretch.slot, _zero(), mark.t, mark)
+            first = self.controller.interval(walk.t, self.problem.t1).first
+            walk = walk._replace(slope=self.solver.slope(self.problem, first, walk.state))
+        start = Place(stretch.slot, _zero(), walk.t, mark)
         progress = _Progress(walk, any_lane(self._running(walk)), records, start)
         progress = jax.lax.while_loop(unfilled, lambda p: self._fill_chunk(p, stretch.chunk), progress)
         return progress.walk.mark, progress.records
@@ -387,6 +390,11 @@ class _Pace(NamedTuple):
     slope: Arrays | None
     iterations: Int[Array, ""]
 
+    @property
+    def mark(self) -> Mark:
+        """What it can be taken up from again."""
+        return Mark(self.state, ())
+
 
 class _GridLoop(NamedTuple):
     """Two nested scans: over segments, and over the steps of a segment. A segment is one chunk."""
@@ -403,7 +411,7 @@ class _GridLoop(NamedTuple):
         strides, padding = _strides(grid, segment)
         layout = Layout(steps + padding, segment, segment)
         start = self._pace(problem.t0, self.solver.start(problem))
-        records = tuple(recorder.start(problem, layout, start.state) for recorder in self.recorders)
+        records = tuple(recorder.start(problem, layout, start.mark) for recorder in self.recorders)
 
         def run_segment(carry: tuple[Any, ...], segment_strides: tuple[_Stride, Array]) -> tuple[tuple[Any, ...], None]:
             pace, records, finite = carry
@@ -416,10 +424,10 @@ class _GridLoop(NamedTuple):
             pace, notes = jax.lax.scan(take_stride, entry, strides)
             state = pace.state
             begin, end = strides.start[0], strides.end[-1]
-            place = Place(slot, _zero(), begin, entry.state)
+            place = Place(slot, _zero(), begin, entry.mark)
             triples = zip(self.recorders, records, notes, strict=True)
             records = tuple(recorder.write(record, place, notes) for recorder, record, notes in triples)
-            place = Place(slot + segment, _zero() + segment, begin, entry.state)
+            place = Place(slot + segment, _zero() + segment, begin, entry.mark)
             pairs = zip(self.recorders, records, strict=True)
             records = tuple(recorder.flush(record, place, end) for recorder, record in pairs)
             here = _Finite(state, slot + segment)
@@ -442,7 +450,7 @@ class _GridLoop(NamedTuple):
         slope = self.solver.slope(self.problem, t, state) if self.solver.reuses_last_stage else None
         return _Pace(state, slope, _zero())
 
-    def again(self, mark: Arrays, stretch: Stretch, records: tuple[Any, ...]) -> tuple[Arrays, tuple[Any, ...]]:
+    def again(self, mark: Mark, stretch: Stretch, records: tuple[Any, ...]) -> tuple[Mark, tuple[Any, ...]]:
         first = tree.take(self.grid, stretch.slot)
 
         def take_stride(position: Array, walk: tuple[_Pace, tuple[Any, ...]]) -> tuple[_Pace, tuple[Any, ...]]:
@@ -454,8 +462,8 @@ class _GridLoop(NamedTuple):
             place = Place(slot, position, first, mark)
             return pace, tuple(recorder.write(record, place, note) for recorder, record, note in triples)
 
-        pace, records = jax.lax.fori_loop(0, stretch.steps, take_stride, (self._pace(first, mark), records))
-        return pace.state, records
+        pace, records = jax.lax.fori_loop(0, stretch.steps, take_stride, (self._pace(first, mark.state), records))
+        return pace.mark, records
 
     def _longest_segment(self) -> int:
         """A segment's notes are held twice, in a scan's output and where they are written: so they must not be large."""

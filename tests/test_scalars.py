@@ -8,8 +8,8 @@ import pytest
 from problems import jit
 
 import adjoint_jax as aj
-from adjoint_jax.adjoints.adjoint import Inputs
-from adjoint_jax.adjoints.componentwise import in_scalars
+from adjoint_jax.adjoints.adjoint import Inputs, Run
+from adjoint_jax.adjoints.componentwise import solve_in_scalars
 from adjoint_jax.hoisting import hoisted
 from adjoint_jax.integrate import Integrator
 from adjoint_jax.lanes import in_lanes
@@ -70,7 +70,7 @@ def test_a_program_written_out_computes_the_same(field, y, dtype):
         Components.of(v) for v in (y, *(eqx.filter(v, eqx.is_inexact_array) for v in (function.arrays, args)))
     )
 
-    def of_program(t, y, args):
+    def in_scalars(t, y, args):
         parameters = (eqx.filter(v, eqx.is_inexact_array) for v in (function.arrays, args))
         entries = tuple(components.apart(v) for components, v in zip((closed, own), parameters, strict=True))
         return state.joined(program(t, state.apart(y), entries))
@@ -82,7 +82,7 @@ def test_a_program_written_out_computes_the_same(field, y, dtype):
         return jax.grad(total, argnums=(0, 1, 2))(t, y, args["k"])
 
     tolerance = 50 * jnp.finfo(dtype).eps
-    for ours, theirs in ((of_program(t, y, args), field(t, y, args)), (gradient(of_program), gradient(field))):
+    for ours, theirs in ((in_scalars(t, y, args), field(t, y, args)), (gradient(in_scalars), gradient(field))):
         for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
             assert a.dtype == b.dtype
             np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
@@ -251,8 +251,8 @@ def test_which_systems_are_small(field, size, controller, solver, small):
     times, y0, p = (jnp.array(0.0), jnp.array(1.0)), jnp.ones(size), jnp.array([1.5, 1.0, 3.0, 1.0])
     problem = Problem(hoisted(field, times[0], y0, p), None, p, y0, *times)
     inputs = Inputs(problem, Requests((), states=False, dense=False))
-    integrator = Integrator(solver, controller.prepare(jnp.float64), None, 100)
-    assert (in_scalars(inputs, integrator) is not None) == small
+    run = Run(Integrator(solver, controller.prepare(jnp.float64), None, 100), jnp.array(True), False)
+    assert (solve_in_scalars(inputs, run, aj.DiscreteAdjoint()) is not None) == small
 
 
 def test_a_function_for_one_and_a_function_for_lanes():

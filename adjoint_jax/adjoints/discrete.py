@@ -3,7 +3,7 @@
 import equinox as eqx
 
 from adjoint_jax.adjoints.adjoint import Inputs, Run, Saved
-from adjoint_jax.adjoints.componentwise import in_scalars
+from adjoint_jax.adjoints.componentwise import solve_in_scalars
 from adjoint_jax.adjoints.exact import AbstractExactAdjoint
 from adjoint_jax.adjoints.keep import AbstractKeep, KeepStates, suitable_keep
 from adjoint_jax.adjoints.tape import check_checkpoints, tape_recorder
@@ -20,8 +20,8 @@ class DiscreteAdjoint(AbstractExactAdjoint):
     computed solution can depend on directions that it does not contain much more than the true one does, and so does this
     gradient: on stiff problems use `InterpolatingAdjoint` or `GaussAdjoint`.
 
-    Times are recorded for all steps. States are kept at checkpoints, the starts of some segments of steps, and throughout
-    the last segment; the steps of an earlier segment are taken again, on the recorded grid, when its turn comes.
+    States are kept at checkpoints, the starts of some segments of steps, and throughout the last segment, with the times of
+    its steps; those of an earlier segment are taken again, with the rejected ones among them, when its turn comes.
 
     - `checkpoints`: how many states to keep besides those of one segment. With fewer than there are segments, of about the
       square root of the largest number of steps each, they divide what remains again and again: with k free checkpoints,
@@ -50,11 +50,8 @@ class DiscreteAdjoint(AbstractExactAdjoint):
             raise TypeError(f"DiscreteAdjoint(keep=...) must be KeepStates() or another of its kind, got {self.keep!r}.")
 
     def solve(self, inputs: Inputs, run: Run) -> tuple[Saved, Report]:
-        small = in_scalars(inputs, run.integrator) if isinstance(self.keep, KeepStates | None) else None
-        if small is None:
-            return super().solve(inputs, run)
-        saved, report = super().solve(small.inputs, run)
-        return small.saved_in_arrays(saved, small.inputs.requests), report
+        small = solve_in_scalars(inputs, run, self) if isinstance(self.keep, KeepStates | None) else None
+        return super().solve(inputs, run) if small is None else small
 
     def recorders(self, integrator: Integrator, inputs: Inputs) -> list[AbstractRecorder]:
         return [tape_recorder(self._keep(integrator, inputs), self.checkpoints, integrator, inputs, whole=True)]

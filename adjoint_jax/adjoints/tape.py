@@ -99,7 +99,7 @@ class Tape(AbstractTrail):
     def _again(self, way: Way, begin: Int[Array, ""], steps: Int[Array, ""], mark: Mark) -> "Tape":
         """The tape with other steps, taken again from a mark."""
         recorder = StepRecorder(way.problem, way.integrator.solver, self.keep, self.layout.interpolated)
-        stretch = Stretch(begin, steps, self.layout.noted)
+        stretch = Stretch(begin, steps, self.layout.common)
         return way.integrator.again(way.problem, mark, stretch, Recording(recorder, self))[1]
 
     def _first_mark(
@@ -134,7 +134,7 @@ class Tape(AbstractTrail):
     def _advance(self, way: Way, mark: Mark, start: Int[Array, ""], end: Int[Array, ""]) -> Mark:
         """The mark at the start of segment `end`, from that at the start of segment `start`."""
         segment = self.layout.segment
-        stretch = Stretch(start * segment, (end - start) * segment, self.layout.noted)
+        stretch = Stretch(start * segment, (end - start) * segment, self.layout.common)
         return way.integrator.again(way.problem, mark, stretch, None)[0]
 
 
@@ -167,18 +167,21 @@ class _Going(NamedTuple):
 
 
 class TapeLayout(NamedTuple):
-    """Static sizes: steps at most; steps in a segment, in a chunk, and in a chunk of the forward loop; checkpoints, and the
-    largest number of segments; the segments of checkpoints, where they are known; and whether the loss may depend on
-    interpolants."""
+    """Static sizes: steps at most, in a segment, and in a chunk; checkpoints, and the largest number of segments; the
+    segments of checkpoints, where they are known; and whether the loss may depend on interpolants."""
 
     slots: int
     segment: int
     chunk: int
-    noted: int
     checkpoints: int
     segments: int
     places: tuple[int, ...] | None
     interpolated: bool
+
+    @property
+    def common(self) -> int:
+        """Steps of the chunks in which segments are taken again: a divisor of both."""
+        return math.gcd(self.segment, self.chunk)
 
 
 class TapeNote(NamedTuple):
@@ -242,7 +245,7 @@ class TapeRecorder(StepRecorder):
         segments = math.ceil(layout.slots / segment)
         checkpoints = min(self.checkpoints, segments)
         best = tuple(places(checkpoints, segments)) if self.on_grid and checkpoints < segments else None
-        sizes = TapeLayout(layout.slots, segment, chunk, layout.chunk, checkpoints, segments, best, self.interpolated)
+        sizes = TapeLayout(layout.slots, segment, chunk, checkpoints, segments, best, self.interpolated)
         kept = shapes_kept(self.keep, problem, self.solver, interpolated=self.interpolated)
         return Tape(
             times=jnp.full(round_up(segment, chunk) + 1, problem.t0),
