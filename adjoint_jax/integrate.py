@@ -49,6 +49,29 @@ class Outcome(NamedTuple):
     report: Report
 
 
+class Mark(NamedTuple):
+    """What a loop can be taken up from again: the method's state and, where steps are chosen, where the choice stands."""
+
+    state: Arrays
+    choice: Any
+
+
+class Stretch(NamedTuple):
+    """Steps that are taken again: the slot of the first, how many there are, and by how many they are counted: of steps
+    without a given grid there are whole chunks, as in every segment but the last."""
+
+    slot: Int[Array, ""]
+    steps: Int[Array, ""]
+    chunk: int
+
+
+class Recording(NamedTuple):
+    """A recorder, and what it has recorded."""
+
+    recorder: AbstractRecorder
+    record: Any
+
+
 class Integrator(eqx.Module):
     """A method and a controller, ready to integrate any problem."""
 
@@ -69,14 +92,22 @@ class Integrator(eqx.Module):
         return self._run(problem, recorders, valid)
 
     def _run(self, problem: Problem, recorders: Sequence[AbstractRecorder], valid: Bool[Array, ""]) -> Outcome:
+        return self._loop(problem, recorders).run(valid)
+
+    def again(self, problem: Problem, mark: Mark, stretch: Stretch, kept: Recording | None) -> tuple[Mark, Any]:
+        """Take steps again from a mark on: the mark behind them, and their record (None without a recorder)."""
+        recorders, records = ((), ()) if kept is None else ((kept.recorder,), (kept.record,))
+        mark, records = self._loop(problem, recorders).again(mark, stretch, records)
+        return mark, (records[0] if records else None)
+
+    def _loop(self, problem: Problem, recorders: Sequence[AbstractRecorder]) -> "_SteppingLoop | _GridLoop":
         problem, grid = problem.for_steps(), self.controller.grid(problem.t0, problem.t1)
         if grid is None:
             assert isinstance(self.controller, AbstractStepSize)
-            loop = _SteppingLoop(problem, self.solver, self.controller, tuple(recorders), self.max_steps)
-            return loop.run(self.dt0, valid)
+            return _SteppingLoop(problem, self.solver, self.controller, tuple(recorders), self.max_steps, self.dt0)
         if self.dt0 is not None:
             raise ValueError(f"dt0 has no meaning for {type(self.controller).__name__}, whose grid is given.")
-        return _GridLoop(problem, self.solver, self.controller, tuple(recorders)).run(grid, valid)
+        return _GridLoop(problem, self.solver, self.controller, tuple(recorders), grid)
 
     def restarted(self, h: Scalar) -> "Integrator":
         """The same integrator, with a first step size where it has use for one."""
@@ -99,7 +130,7 @@ class _Walk(NamedTuple):
     where the method hands it on from step to step; `extra` counts evaluations besides those of the attempted steps."""
 
     t: Scalar
-    state: Arrays
+    state: Any
     slope: Arrays | None
     h: Scalar
     memory: PyTree[Any]
@@ -107,6 +138,11 @@ class _Walk(NamedTuple):
     accepted: Int[Array, ""]
     rejected: Int[Array, ""]
     extra: Int[Array, ""]
+
+    @property
+    def mark(self) -> Mark:
+        """What it can be taken up from again: without the slope, which is as large as the state and one evaluation."""
+        return Mark(self.state, self._replace(state=None, slope=None))
 
 
 class _Chunk(NamedTuple):
@@ -135,15 +171,16 @@ class _SteppingLoop(NamedTuple):
     controller: AbstractStepSize
     recorders: tuple[AbstractRecorder, ...]
     max_steps: int
+    dt0: Scalar | None
 
-    def run(self, dt0: Scalar | None, valid: Bool[Array, ""]) -> Outcome:
-        walk, zero = self._first_walk(dt0, valid), _zero()
+    def run(self, valid: Bool[Array, ""]) -> Outcome:
+        walk, zero = self._first_walk(valid), _zero()
         if not self.recorders:
             walk = jax.lax.while_loop(lambda w: any_lane(self._running(w)), lambda w: self._attempt(w)[0], walk)
             return Outcome(walk.state, (), self._report(walk, zero))
         blank = self._blank_notes(walk)
         layout = self._layout(blank)
-        records = tuple(recorder.start(self.problem, layout) for recorder in self.recorders)
+        records = tuple(recorder.start(self.problem, layout, walk.mark) for recorder in self.recorders)
 
         def fill_chunk(progress: _Progress) -> _Progress:
             return self._fill_chunk(progress, layout.chunk)
@@ -152,7 +189,7 @@ class _SteppingLoop(NamedTuple):
             def unfilled(p: _Progress) -> Bool[Array, ""]:
                 return p.going & (p.place.position < layout.segment)
 
-            place = progress.place._replace(position=zero, segment_start=progress.walk.t)
+            place = progress.place._replace(position=zero, segment_start=progress.walk.t, mark=progress.walk.mark)
             progress = progress._replace(place=place)
             one_chunk = layout.chunk == layout.segment
             progress = fill_chunk(progress) if one_chunk else jax.lax.while_loop(unfilled, fill_chunk, progress)
@@ -160,10 +197,23 @@ class _SteppingLoop(NamedTuple):
             flushed = tuple(recorder.flush(record, progress.place, progress.walk.t) for recorder, record in pairs)
             return progress._replace(records=flushed)
 
-        progress = _Progress(walk, any_lane(self._running(walk)), records, Place(zero, zero, self.problem.t0))
+        progress = _Progress(walk, any_lane(self._running(walk)), records, Place(zero, zero, self.problem.t0, walk.mark))
         whole = all(recorder.segment_limit is None for recorder in self.recorders)
         progress = jax.lax.while_loop(lambda p: p.going, fill_chunk if whole else fill_segment, progress)
         return Outcome(progress.walk.state, progress.records, self._report(progress.walk, progress.place.slot))
+
+    def again(self, mark: Mark, stretch: Stretch, records: tuple[Any, ...]) -> tuple[Mark, tuple[Any, ...]]:
+        def unfilled(progress: _Progress) -> Bool[Array, ""]:
+            return progress.going & (progress.place.position < stretch.steps)
+
+        walk: _Walk = mark.choice._replace(state=mark.state)
+        if self.solver.reuses_last_stage:
+            first = self.controller.interval(walk.t, self.problem.t1).first
+            walk = walk._replace(slope=self.solver.slope(self.problem, first, walk.state))
+        start = Place(stretch.slot, _zero(), walk.t, mark)
+        progress = _Progress(walk, any_lane(self._running(walk)), records, start)
+        progress = jax.lax.while_loop(unfilled, lambda p: self._fill_chunk(p, stretch.chunk), progress)
+        return progress.walk.mark, progress.records
 
     def _layout(self, blank: tuple[Any, ...]) -> Layout:
         limit = min(_limits(recorder.segment_limit for recorder in self.recorders), default=None)
@@ -180,10 +230,10 @@ class _SteppingLoop(NamedTuple):
         segment = limit - limit % chunk
         return Layout(round_up(self.max_steps, segment), segment, chunk)
 
-    def _first_walk(self, dt0: Scalar | None, valid: Bool[Array, ""]) -> _Walk:
+    def _first_walk(self, valid: Bool[Array, ""]) -> _Walk:
         problem, zero = self.problem, _zero()
         slope = problem.field(self.controller.interval(problem.t0, problem.t1).first, problem.y0)
-        proposal = self.controller.first(problem, self.solver, slope, dt0)
+        proposal = self.controller.first(problem, self.solver, slope, self.dt0)
         status = jnp.where(self.controller.unresolvable(problem.y0), Status.TOLERANCE_TOO_SMALL, Status.SUCCESS)
         status = jnp.where(problem.t0 == problem.t1, Status.SUCCESS, status)
         status = jnp.where(is_consistent(problem), status, Status.INCONSISTENT)
@@ -340,6 +390,11 @@ class _Pace(NamedTuple):
     slope: Arrays | None
     iterations: Int[Array, ""]
 
+    @property
+    def mark(self) -> Mark:
+        """What it can be taken up from again."""
+        return Mark(self.state, ())
+
 
 class _GridLoop(NamedTuple):
     """Two nested scans: over segments, and over the steps of a segment. A segment is one chunk."""
@@ -348,14 +403,15 @@ class _GridLoop(NamedTuple):
     solver: AbstractSolver
     controller: AbstractController
     recorders: tuple[AbstractRecorder, ...]
+    grid: Float[Array, " times"]
 
-    def run(self, grid: Float[Array, " times"], valid: Bool[Array, ""]) -> Outcome:
-        problem, steps = self.problem, grid.shape[0] - 1
+    def run(self, valid: Bool[Array, ""]) -> Outcome:
+        problem, grid, steps = self.problem, self.grid, self.grid.shape[0] - 1
         segment = even_segment(steps, self._longest_segment())
         strides, padding = _strides(grid, segment)
         layout = Layout(steps + padding, segment, segment)
-        slope = problem.field(problem.t0, problem.y0) if self.solver.reuses_last_stage else None
-        records = tuple(recorder.start(problem, layout) for recorder in self.recorders)
+        start = self._pace(problem.t0, self.solver.start(problem))
+        records = tuple(recorder.start(problem, layout, start.mark) for recorder in self.recorders)
 
         def run_segment(carry: tuple[Any, ...], segment_strides: tuple[_Stride, Array]) -> tuple[tuple[Any, ...], None]:
             pace, records, finite = carry
@@ -364,21 +420,21 @@ class _GridLoop(NamedTuple):
             def take_stride(pace: _Pace, stride: _Stride) -> tuple[_Pace, tuple[Any, ...]]:
                 return self._stride(pace, stride)
 
-            pace, notes = jax.lax.scan(take_stride, pace, strides)
+            entry = pace
+            pace, notes = jax.lax.scan(take_stride, entry, strides)
             state = pace.state
             begin, end = strides.start[0], strides.end[-1]
-            place = Place(slot, _zero(), begin)
+            place = Place(slot, _zero(), begin, entry.mark)
             triples = zip(self.recorders, records, notes, strict=True)
             records = tuple(recorder.write(record, place, notes) for recorder, record, notes in triples)
-            place = Place(slot + segment, _zero() + segment, begin)
+            place = Place(slot + segment, _zero() + segment, begin, entry.mark)
             pairs = zip(self.recorders, records, strict=True)
             records = tuple(recorder.flush(record, place, end) for recorder, record in pairs)
             here = _Finite(state, slot + segment)
             return (pace, records, tree.where(self.solver.is_finite(state), here, finite)), None
 
         slots = segment * jnp.arange(strides.start.shape[0], dtype=jnp.int32)
-        start = self.solver.start(problem)
-        carry = (_Pace(start, slope, _zero()), records, _Finite(start, _zero()))
+        carry = start, records, _Finite(start.state, _zero())
         (state, _, iterations), records, finite = jax.lax.scan(run_segment, carry, (strides, slots))[0]
         status = jnp.where(self.solver.is_finite(state), Status.SUCCESS, Status.NON_FINITE)
         status = jnp.where(is_consistent(problem), status, Status.INCONSISTENT)
@@ -389,6 +445,25 @@ class _GridLoop(NamedTuple):
         start_evaluations = self.solver.start_evaluations + self.solver.reuses_last_stage
         stats = Stats(taken, _zero(), iterations + (steps * per_step + start_evaluations))
         return Outcome(state, records, Report(tree.take(grid, taken), status, stats, _zero() + steps, grid[-1] - grid[-2]))
+
+    def _pace(self, t: Scalar, state: Arrays) -> _Pace:
+        slope = self.solver.slope(self.problem, t, state) if self.solver.reuses_last_stage else None
+        return _Pace(state, slope, _zero())
+
+    def again(self, mark: Mark, stretch: Stretch, records: tuple[Any, ...]) -> tuple[Mark, tuple[Any, ...]]:
+        first = tree.take(self.grid, stretch.slot)
+
+        def take_stride(position: Array, walk: tuple[_Pace, tuple[Any, ...]]) -> tuple[_Pace, tuple[Any, ...]]:
+            pace, records = walk
+            slot = stretch.slot + position
+            pace, notes = self._stride(pace, _Stride(tree.take(self.grid, slot), tree.take(self.grid, slot + 1)))
+            notes = tree.map(lambda leaf: leaf[None], notes)
+            triples = zip(self.recorders, records, notes, strict=True)
+            place = Place(slot, position, first, mark)
+            return pace, tuple(recorder.write(record, place, note) for recorder, record, note in triples)
+
+        pace, records = jax.lax.fori_loop(0, stretch.steps, take_stride, (self._pace(first, mark.state), records))
+        return pace.mark, records
 
     def _longest_segment(self) -> int:
         """A segment's notes are held twice, in a scan's output and where they are written: so they must not be large."""

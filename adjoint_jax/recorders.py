@@ -37,11 +37,13 @@ class Layout(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where a loop stands: the slot over all segments, the slot within this segment, and the segment's first time."""
+    """Where a loop stands: the slot over all segments, the slot within this segment; and where the segment began: its first
+    time, and the loop's own state there, from which it can go on again."""
 
     slot: Int[Array, ""]
     position: Int[Array, ""]
     segment_start: Scalar
+    mark: Any
 
 
 class AbstractRecorder(eqx.Module):
@@ -63,8 +65,8 @@ class AbstractRecorder(eqx.Module):
         return None
 
     @abc.abstractmethod
-    def start(self, problem: Problem, layout: Layout) -> Any:
-        """The empty record."""
+    def start(self, problem: Problem, layout: Layout, mark: Any) -> Any:
+        """The empty record. `mark` is the loop's state at t0, as in `Place`."""
 
     @abc.abstractmethod
     def note(self, step: Step, accepted: Bool[Array, ""]) -> Any:
@@ -144,7 +146,8 @@ class RowRecorder(AbstractRecorder):
         interpolant_bytes = tree.size_in_bytes(self.problem.y0) * (1 + self.solver.dense_degree)
         return max(1, min(self.longest_segment, self.segment_bytes // max(1, interpolant_bytes)))
 
-    def start(self, problem: Problem, layout: Layout) -> Window:
+    def start(self, problem: Problem, layout: Layout, mark: Any) -> Window:
+        del mark
         at_t0 = self.rows.apply(problem.t0, problem.y0, problem.args)
 
         def initial(value: Array) -> Array:
@@ -207,7 +210,8 @@ class StateRecorder(AbstractRecorder):
 
     solver: AbstractSolver
 
-    def start(self, problem: Problem, layout: Layout) -> States:
+    def start(self, problem: Problem, layout: Layout, mark: Any) -> States:
+        del mark
         times = jnp.zeros(layout.slots, problem.t0.dtype)
         return States(times, tree.buffer(layout.slots, problem.y0), jnp.zeros(layout.slots, bool))
 
@@ -227,7 +231,8 @@ class DenseRecorder(AbstractRecorder):
     def interpolates(self) -> bool:
         return True
 
-    def start(self, problem: Problem, layout: Layout) -> Interpolant:
+    def start(self, problem: Problem, layout: Layout, mark: Any) -> Interpolant:
+        del mark
         return _empty_interpolants(problem, self.solver, layout.slots)
 
     def note(self, step: Step, accepted: Bool[Array, ""]) -> InterpolantNote:
@@ -261,8 +266,8 @@ class QuadratureRecorder(AbstractRecorder):
     def longest_chunk(self) -> int | None:
         return self.notes
 
-    def start(self, problem: Problem, layout: Layout) -> Arrays:
-        del problem, layout
+    def start(self, problem: Problem, layout: Layout, mark: Any) -> Arrays:
+        del problem, layout, mark
         return self.so_far
 
     def note(self, step: Step, accepted: Bool[Array, ""]) -> Nodes:

@@ -48,11 +48,11 @@ def program(stepping, quantity, lanes):
     ("stepping", "quantity", "lanes", "in_one", "in_all"),
     [
         ("adaptive", "forward", False, 44, 72),
-        ("adaptive", "gradient", False, 46, 168),
+        ("adaptive", "gradient", False, 66, 270),
         ("adaptive", "forward", True, 96, 154),
-        ("adaptive", "gradient", True, 102, 256),
+        ("adaptive", "gradient", True, 102, 370),
         ("given grid", "forward", False, 9, 23),
-        ("given grid", "gradient", False, 17, 54),
+        ("given grid", "gradient", False, 27, 70),
     ],
 )
 def test_kernels_of_loops(stepping, quantity, lanes, in_one, in_all):
@@ -62,9 +62,9 @@ def test_kernels_of_loops(stepping, quantity, lanes, in_one, in_all):
     assert total <= in_all
 
 
-@pytest.mark.parametrize(("quantity", "loops"), [("forward", 1), ("gradient", 2)])
+@pytest.mark.parametrize(("quantity", "loops"), [("forward", 1), ("gradient", 3)])
 def test_arrays_in_the_loops_over_steps_are_small(quantity, loops):
-    """Forward, and transposed. XLA:CPU takes twice as long for the kernels of a loop in which an array is larger (see
+    """Forward, the same again, and transposed. XLA:CPU takes twice as long for the kernels of a loop in which an array is larger (see
     `recorders`)."""
     compiled = program("adaptive", quantity, False)
     kernels, largest = compiled.kernels(), compiled.largest_arrays()

@@ -32,15 +32,15 @@ def kept(plan):
 
 def test_all_steps_of_a_given_grid():
     of_all = plan(aj.DiscreteAdjoint())
-    assert kept(of_all) == {"states": (STEPS, STATE), "checkpoints": (1, STATE), "times": (STEPS + 2, 8)}
+    assert kept(of_all) == {"states": (STEPS, STATE), "checkpoints": (1, STATE), "times": (STEPS + 1, 8)}
     assert (of_all.steps, of_all.memory.segment, of_all.memory.segments) == (STEPS, STEPS, 1)
     assert of_all.memory.repetitions == (0.0, 0)
-    assert of_all.bytes == (STEPS + 1) * STATE + 8 * (STEPS + 2)
+    assert of_all.bytes == (STEPS + 1) * STATE + 8 * (STEPS + 1)
     assert str(of_all) == (
         "DiscreteAdjoint, at most 400 steps: all of them are kept.\n"
         "  states       400 of 4 KiB  1.56 MiB\n"
         "  checkpoints    1 of 4 KiB  4 KiB\n"
-        "  times          402 of 8 B  3.14 KiB\n"
+        "  times          401 of 8 B  3.13 KiB\n"
         "  in all                     1.57 MiB\n"
         "No step is taken again."
     )

@@ -20,8 +20,8 @@ class DiscreteAdjoint(AbstractExactAdjoint):
     computed solution can depend on directions that it does not contain much more than the true one does, and so does this
     gradient: on stiff problems use `InterpolatingAdjoint` or `GaussAdjoint`.
 
-    Times are recorded for all steps. States are kept at checkpoints, the starts of some segments of steps, and throughout
-    the last segment; the steps of an earlier segment are taken again, on the recorded grid, when its turn comes.
+    States are kept at checkpoints, the starts of some segments of steps, and throughout the last segment, with the times of
+    its steps; those of an earlier segment are taken again, with the rejected ones among them, when its turn comes.
 
     - `checkpoints`: how many states to keep besides those of one segment. With fewer than there are segments, of about the
       square root of the largest number of steps each, they divide what remains again and again: with k free checkpoints,

@@ -170,7 +170,7 @@ class _Sweep:
     chunk, each from the last to the first."""
 
     def __init__(self, way: Way, requests: Requests, trail: AbstractTrail, cotangent: Saved):
-        self.way, self.requests, self.trail = way, requests, trail.standing_still(way)
+        self.way, self.requests, self.trail = way, requests, trail
         self.problem, self.solver = way.problem, way.integrator.solver
         failed = way.report.status != Status.SUCCESS
         self.row_cotangents = [self._rows(*pair) for pair in zip(requests.rows, cotangent.rows, strict=True)]
@@ -199,7 +199,7 @@ class _Sweep:
     def _per_slot(self, cotangent: PyTree[Any], one: Arrays) -> Arrays:
         """The cotangents of what was saved in every slot, with zeros behind them up to the trail's length."""
         slots = self.way.integrator.slots(self.problem)
-        padding = self.trail.times.shape[0] - slots
+        padding = self.trail.slots - slots
         given = materialise(cotangent, tree.buffer(slots, one))
         return tree.map(lambda leaf: jnp.pad(leaf, [(0, padding), *[(0, 0)] * (leaf.ndim - 1)]), given)
 
@@ -221,8 +221,8 @@ class _Sweep:
             first = (chunks - 1 - reversed_index) * chunk
             slot = segment.begin + first
             steps = _KeptSteps(
-                tree.take_block(self.trail.times, slot, chunk),
-                tree.take_block(self.trail.times, slot + 1, chunk),
+                tree.take_block(segment.times, first, chunk),
+                tree.take_block(segment.times, first + 1, chunk),
                 tree.take_block(segment.kept, first, chunk),
             )
             valid = jnp.minimum(chunk, segment.steps - first)

@@ -113,8 +113,8 @@ class RefinedQuadratureRecorder(AbstractRecorder):
     def longest_chunk(self) -> int:
         return 1
 
-    def start(self, problem: Problem, layout: Layout) -> Parameters:
-        del problem, layout
+    def start(self, problem: Problem, layout: Layout, mark: Any) -> Parameters:
+        del problem, layout, mark
         return self.so_far
 
     def note(self, step: Step, accepted: Bool[Array, ""]) -> Interpolant:

@@ -64,12 +64,12 @@ class AbstractInterpolatingAdjoint(AbstractContinuousAdjoint):
         return [tape_recorder(KeepStates(), self.checkpoints, integrator, inputs, whole=False)]
 
     def memory(self, way: Way, records: Sequence[Any]) -> Memory:
-        segment = Segment(way.report.slots, way.report.slots, records[0].recent)
+        segment = Segment(way.report.slots, way.report.slots, records[0].times, records[0].recent)
         interpolants = jax.eval_shape(functools.partial(_interpolants, way, records[0]), segment)
         return records[0].memory(way).also(Kept.rows("interpolants", interpolants))
 
     def sweep(self, way: Way, records: Sequence[Any], observations: Observations, final: Final) -> Swept:
-        trail = records[0].standing_still(way)
+        trail = records[0]
         observations = preceded_by_t0(way.problem, observations)
         reverse = self.reverse(reverse_integrator(way, self.solver, self.controller), way.problem)
         sweep = _SegmentSweep(way, trail, reverse, observations, final.cost)
@@ -130,7 +130,7 @@ class _SegmentSweep(NamedTuple):
         system = _Along(
             self.way.problem, self.cost, _interpolants(self.way, self.trail, segment), segment.steps, self.way.direction
         )
-        begin, direction = tree.take(self.trail.times, segment.begin), self.way.direction
+        begin, direction = segment.times[0], self.way.direction
 
         def observed(stand: _Stand) -> Bool[Array, ""]:
             return tree.take(self.observations.times, stand.left - 1) * direction > begin * direction
@@ -161,8 +161,8 @@ def _interpolants(way: Way, trail: AbstractTrail, segment: Segment) -> Interpola
 
     def add_chunk(index: Array, interpolants: Interpolant) -> Interpolant:
         first, chunk = index * trail.chunk, trail.chunk
-        starts = tree.take_block(trail.times, segment.begin + first, chunk)
-        ends = tree.take_block(trail.times, segment.begin + first + 1, chunk)
+        starts = tree.take_block(segment.times, first, chunk)
+        ends = tree.take_block(segment.times, first + 1, chunk)
         block = jax.vmap(interpolant)((starts, ends, tree.take_block(segment.kept, first, chunk)))
         return tree.put_block(interpolants, first, block)
 

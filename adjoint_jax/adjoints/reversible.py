@@ -7,18 +7,18 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, DTypeLike, Float, Int
+from jaxtyping import Array, Bool, DTypeLike, Float
 
 from adjoint_jax import tree
 from adjoint_jax.adjoints.adjoint import Inputs, relative_distance
 from adjoint_jax.adjoints.exact import AbstractExactAdjoint
 from adjoint_jax.adjoints.keep import AbstractKeep, KeepStates
 from adjoint_jax.adjoints.memory import Kept, Memory
-from adjoint_jax.adjoints.trail import AbstractTrail, Carry, Segment, Walked, Way
+from adjoint_jax.adjoints.trail import AbstractTrail, Carry, Segment, Walked, Way, standing_still
 from adjoint_jax.controllers.controller import positive
 from adjoint_jax.integrate import Integrator, chunk_length
 from adjoint_jax.lanes import max_lane
-from adjoint_jax.problem import Problem, state_precision
+from adjoint_jax.problem import Interval, Problem, state_precision
 from adjoint_jax.recorders import AbstractRecorder, Layout, Place
 from adjoint_jax.solvers.reversible import AbstractReversibleSolver
 from adjoint_jax.solvers.solver import Step
@@ -72,12 +72,16 @@ class Times(AbstractTrail):
     def chunk(self) -> int:
         return self.length
 
+    @property
+    def slots(self) -> int:
+        return self.times.shape[0]
+
     def memory(self, way: Way) -> Memory:
         states = Kept.rows("states of steps undone", tree.buffer(self.length, way.last))
         return Memory.of(states, Kept.rows("times", self.times))
 
     def walk_back(self, way: Way, visit: Callable[[Segment, Carry], Carry], carry: Carry) -> Walked:
-        count, chunk = max_lane(way.report.slots), self.length
+        count, chunk, times = max_lane(way.report.slots), self.length, standing_still(way, jnp.int32(0), self.times)
         chunks = (count + chunk - 1) // chunk
         empty = tree.buffer(chunk, way.last)
 
@@ -89,30 +93,31 @@ class Times(AbstractTrail):
             def undo(i: Array, undone: tuple[Arrays, Arrays]) -> tuple[Arrays, Arrays]:
                 state, states = undone
                 place = steps - 1 - i
-                state = self._before(way, begin + place, state)
+                interval = way.interval(tree.take(times, begin + place), tree.take(times, begin + place + 1))
+                state = self._before(way, interval, state)
                 return state, tree.put(states, place, state)
 
             state, states = jax.lax.fori_loop(0, steps, undo, (state, empty))
-            return state, visit(Segment(begin, steps, states), carry)
+            return state, visit(Segment(begin, steps, tree.take_block(times, begin, chunk + 1), states), carry)
 
         first, carry = jax.lax.fori_loop(0, chunks, undo_chunk, (way.last, carry))
         output, y0 = way.integrator.solver.output, way.problem.y0
         largest = tree.map(jnp.maximum, tree.root_mean_squares(y0), tree.root_mean_squares(output(way.last)))
         return Walked(carry, relative_distance(output(first), y0, largest))
 
-    def _before(self, way: Way, slot: Int[Array, ""], state: Arrays) -> Arrays:
+    def _before(self, way: Way, interval: Interval, state: Arrays) -> Arrays:
         solver = way.integrator.solver
         assert isinstance(solver, AbstractReversibleSolver)
-        interval = self.interval(way, slot)
         return tree.where(interval.start != interval.end, solver.inverse(way.problem, interval, state), state)
 
 
 class TimesRecorder(AbstractRecorder):
     """Records `Times`."""
 
-    def start(self, problem: Problem, layout: Layout) -> Times:
+    def start(self, problem: Problem, layout: Layout, mark: Any) -> Times:
+        del mark
         chunk = chunk_length(problem.y0)
-        return Times(jnp.full(layout.slots + chunk + 1, problem.t0), KeepStates(), chunk)
+        return Times(times=jnp.full(layout.slots + chunk + 1, problem.t0), keep=KeepStates(), length=chunk)
 
     def note(self, step: Step, accepted: Bool[Array, ""]) -> Scalar:
         del accepted

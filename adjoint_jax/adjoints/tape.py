@@ -1,8 +1,8 @@
-"""A trail of recorded steps: those of one segment, and states at checkpoints, from which the others are taken again.
+"""A trail of recorded steps: those of one segment, and marks at checkpoints, from which the others are taken again.
 
-Times are recorded for all steps. What is needed to transpose a step (its state, or more) is kept for the steps of one
-segment, and states at checkpoints: the starts of some segments. The steps behind a checkpoint are taken again, on the
-recorded grid, when their turn comes.
+Times, and what is needed to transpose a step (its state, or more), are kept for the steps of one segment; and marks, the
+states of the forward loop, at checkpoints: the starts of some segments. The steps behind a checkpoint are taken again, just
+as they were taken, when their turn comes: so nothing that is kept is as long as the largest number of steps.
 Where there are fewer checkpoints than segments, `revolve` tells where they stand.
 """
 
@@ -22,28 +22,28 @@ from adjoint_jax.adjoints.adjoint import Inputs
 from adjoint_jax.adjoints.keep import AbstractKeep, bytes_kept, shapes_kept
 from adjoint_jax.adjoints.memory import Kept, Memory
 from adjoint_jax.adjoints.revolve import division, places, repetitions, reversible_segments
-from adjoint_jax.adjoints.trail import AbstractTrail, Carry, Segment, Walked, Way
-from adjoint_jax.integrate import Integrator, chunk_length, round_up
+from adjoint_jax.adjoints.trail import AbstractTrail, Carry, Segment, Walked, Way, standing_still
+from adjoint_jax.integrate import Integrator, Mark, Recording, Stretch, chunk_length, round_up
 from adjoint_jax.lanes import max_lane
 from adjoint_jax.problem import Problem
 from adjoint_jax.recorders import AbstractRecorder, Layout, Place
 from adjoint_jax.solvers.solver import AbstractSolver, Step
-from adjoint_jax.tree import Arrays, Scalar
+from adjoint_jax.tree import Scalar
 
-LANE_SEGMENT_BYTES = 4 * 2**10
+LANE_SEGMENT_BYTES = 2 * 2**10
 """A segment of an adaptive integration is at least as long as fits in this."""
 
 
 class Tape(AbstractTrail):
-    """The times of all steps; what is kept of every step of the last segment; the states at checkpoints. Buffers are longer
-    than segments and steps by up to a chunk, so that every chunk lies inside.
+    """The ends of the steps of the last segment, from its start on, and what is kept of each; the marks at checkpoints.
+    Buffers are longer than segments by up to a chunk, so that every chunk lies inside.
 
     Checkpoints stand at the starts of the segments that `places` tells: on a given grid where they are best, else at those
     of every `stride`th."""
 
     times: Float[Array, " times"]
     recent: Any
-    checkpoints: Arrays
+    checkpoints: Mark
     stride: Any
     keep: AbstractKeep
     layout: "TapeLayout" = eqx.field(static=True)
@@ -51,6 +51,10 @@ class Tape(AbstractTrail):
     @property
     def chunk(self) -> int:
         return self.layout.chunk
+
+    @property
+    def slots(self) -> int:
+        return self.layout.slots + self.layout.chunk
 
     def memory(self, way: Way) -> Memory:
         del way
@@ -71,31 +75,44 @@ class Tape(AbstractTrail):
     def walk_back(self, way: Way, visit: Callable[[Segment, Carry], Carry], carry: Carry) -> Walked:
         count, segment = max_lane(way.report.slots), self.layout.segment
         if self.layout.segments == 1:
-            return Walked(visit(Segment(jnp.zeros((), jnp.int32), count, self.recent), carry), None)
+            return Walked(visit(self._segment(way, jnp.zeros((), jnp.int32), count), carry), None)
         segments = (count + segment - 1) // segment
 
         def visit_last(going: _Going) -> _Going:
             index = going.left - 1
             begin, known = index * segment, index == segments - 1
-            end = jnp.minimum(count, begin + segment)
-            state, stack = self._first_state(way, index, known, going.stack)
-            kept = self._replay(way, begin, jnp.where(known, begin, end), state, going.kept)
-            return _Going(index, stack, kept, visit(Segment(begin, end - begin, kept), going.carry))
+            mark, stack = self._first_mark(way, index, known, going.stack)
+            tape = self._with(going.recent, going.times)._again(way, begin, jnp.where(known, 0, segment), mark)
+            of_segment = tape._segment(way, begin, jnp.minimum(segment, count - begin))
+            return _Going(index, stack, tape.recent, tape.times, visit(of_segment, going.carry))
 
-        going = _Going(segments, _Stack.of(self, segments), self.recent, carry)
+        going = _Going(segments, _Stack.of(self, segments), self.recent, self.times, carry)
         return Walked(jax.lax.while_loop(lambda going: going.left > 0, visit_last, going).carry, None)
 
-    def _first_state(
+    def _segment(self, way: Way, begin: Int[Array, ""], steps: Int[Array, ""]) -> Segment:
+        """The recorded segment, of so many steps."""
+        return Segment(begin, steps, standing_still(way, begin, self.times), self.recent)
+
+    def _with(self, recent: Any, times: Float[Array, " times"]) -> "Tape":
+        return dataclasses.replace(self, recent=recent, times=times)
+
+    def _again(self, way: Way, begin: Int[Array, ""], steps: Int[Array, ""], mark: Mark) -> "Tape":
+        """The tape with other steps, taken again from a mark."""
+        recorder = StepRecorder(way.problem, way.integrator.solver, self.keep, self.layout.interpolated)
+        stretch = Stretch(begin, steps, self.layout.common)
+        return way.integrator.again(way.problem, mark, stretch, Recording(recorder, self))[1]
+
+    def _first_mark(
         self, way: Way, index: Int[Array, ""], known: Bool[Array, ""], stack: "_Stack"
-    ) -> tuple[Arrays, "_Stack"]:
-        """The state at the start of a segment, or any if the segment's steps are known; and the checkpoints without that
+    ) -> tuple[Mark, "_Stack"]:
+        """The mark at the start of a segment, or any if the segment's steps are known; and the checkpoints without that
         one."""
         if self.layout.checkpoints == self.layout.segments:
-            return tree.take(stack.states, index), stack
+            return tree.take(stack.marks, index), stack
         stack = self._divide(way, stack, index + 1)
         at = tree.take(stack.at, stack.top)
-        state = self._advance(way, tree.take(stack.states, stack.top), at, jnp.where(known, at, index))
-        return state, stack._replace(top=stack.top - (at == index))
+        mark = self._advance(way, tree.take(stack.marks, stack.top), at, jnp.where(known, at, index))
+        return mark, stack._replace(top=stack.top - (at == index))
 
     def _divide(self, way: Way, stack: "_Stack", left: Int[Array, ""]) -> "_Stack":
         """Set free checkpoints between the last one and the segment whose turn it is."""
@@ -108,43 +125,25 @@ class Tape(AbstractTrail):
         def push(stack: _Stack) -> _Stack:
             start, free = tree.take(stack.at, stack.top), capacity - 1 - stack.top
             split = start + division(reversible, free, left - start)
-            state = self._advance(way, tree.take(stack.states, stack.top), start, split)
+            mark = self._advance(way, tree.take(stack.marks, stack.top), start, split)
             top = stack.top + 1
-            return _Stack(top, tree.put(stack.at, top, split), tree.put(stack.states, top, state))
+            return _Stack(top, tree.put(stack.at, top, split), tree.put(stack.marks, top, mark))
 
         return jax.lax.while_loop(has_room, push, stack)
 
-    def _advance(self, way: Way, state: Arrays, start: Int[Array, ""], end: Int[Array, ""]) -> Arrays:
-        """The state at the start of segment `end`, from that at the start of segment `start`."""
+    def _advance(self, way: Way, mark: Mark, start: Int[Array, ""], end: Int[Array, ""]) -> Mark:
+        """The mark at the start of segment `end`, from that at the start of segment `start`."""
         segment = self.layout.segment
-        return jax.lax.fori_loop(start * segment, end * segment, lambda slot, y: self._step(way, slot, y).after, state)
-
-    def _replay(self, way: Way, begin: Int[Array, ""], end: Int[Array, ""], state: Arrays, kept: Any) -> Any:
-        """Take the steps from slot `begin` to `end` again, and keep what is needed of them."""
-
-        def take_step(slot: Array, walk: tuple[Arrays, Any]) -> tuple[Arrays, Any]:
-            state, kept = walk
-            step = self._step(way, slot, state)
-            if self.layout.interpolated:
-                step = way.integrator.solver.with_dense_stages(way.problem, step)
-            of_step = self.keep.of(way.problem, way.integrator.solver, step, interpolated=self.layout.interpolated)
-            return step.after, tree.put(kept, slot - begin, of_step)
-
-        return jax.lax.fori_loop(begin, end, take_step, (state, kept))[1]
-
-    def _step(self, way: Way, slot: Int[Array, ""], state: Arrays) -> Step:
-        """The step of a slot."""
-        interval = self.interval(way, slot)
-        step = way.integrator.solver.step(way.problem, interval, state, None)
-        return step._replace(after=tree.where(interval.start != interval.end, step.after, state))
+        stretch = Stretch(start * segment, (end - start) * segment, self.layout.common)
+        return way.integrator.again(way.problem, mark, stretch, None)[0]
 
 
 class _Stack(NamedTuple):
-    """Checkpoints in use: the index of the last one; the segments at whose starts they stand; the states there."""
+    """Checkpoints in use: the index of the last one; the segments at whose starts they stand; the marks there."""
 
     top: Int[Array, ""]
     at: Int[Array, " checkpoints"]
-    states: Arrays
+    marks: Mark
 
     @staticmethod
     def of(tape: Tape, segments: Int[Array, ""]) -> "_Stack":
@@ -158,24 +157,31 @@ def _last(places: Int[Array, " checkpoints"], index: Int[Array, ""]) -> Int[Arra
 
 
 class _Going(NamedTuple):
-    """Where the walk back stands: the number of segments left, the checkpoints, the buffer of what is kept of a segment."""
+    """Where the walk back stands: the number of segments left, the checkpoints, the buffers of a segment."""
 
     left: Int[Array, ""]
     stack: _Stack
-    kept: Any
+    recent: Any
+    times: Float[Array, " times"]
     carry: Any
 
 
 class TapeLayout(NamedTuple):
-    """Static sizes: steps in a segment, steps in a chunk, checkpoints, and the largest number of segments; the segments of
-    checkpoints, where they are known; and whether the loss may depend on interpolants."""
+    """Static sizes: steps at most, in a segment, and in a chunk; checkpoints, and the largest number of segments; the
+    segments of checkpoints, where they are known; and whether the loss may depend on interpolants."""
 
+    slots: int
     segment: int
     chunk: int
     checkpoints: int
     segments: int
     places: tuple[int, ...] | None
     interpolated: bool
+
+    @property
+    def common(self) -> int:
+        """Steps of the chunks in which segments are taken again: a divisor of both."""
+        return math.gcd(self.segment, self.chunk)
 
 
 class TapeNote(NamedTuple):
@@ -185,38 +191,20 @@ class TapeNote(NamedTuple):
     end: Scalar
 
 
-class TapeRecorder(AbstractRecorder):
-    """Records a `Tape` with segments of at least `length` steps and at most so many checkpoints."""
+class StepRecorder(AbstractRecorder):
+    """Records the steps of a segment in a `Tape`: those of the last one, or others that are taken again."""
 
     problem: Problem
     solver: AbstractSolver
     keep: AbstractKeep
-    length: int = eqx.field(static=True)
-    checkpoints: int = eqx.field(static=True)
-    slots: int = eqx.field(static=True)
-    on_grid: bool = eqx.field(static=True)
     interpolated: bool = eqx.field(static=True)
 
     @property
-    def segment_limit(self) -> int | None:
-        return None if self.length >= self.slots else self.length
+    def interpolates(self) -> bool:
+        return self.interpolated
 
-    def start(self, problem: Problem, layout: Layout) -> Tape:
-        segment = layout.slots if self.length >= self.slots else round_up(self.length, layout.segment)
-        chunk = chunk_length(tree.buffer(self.solver.dense_degree, problem.y0), problem.scalars_per_array)
-        segments = math.ceil(layout.slots / segment)
-        checkpoints = min(self.checkpoints, segments)
-        best = tuple(places(checkpoints, segments)) if self.on_grid and checkpoints < segments else None
-        sizes = TapeLayout(segment, chunk, checkpoints, segments, best, self.interpolated)
-        kept = shapes_kept(self.keep, problem, self.solver, interpolated=self.interpolated)
-        return Tape(
-            times=jnp.full(layout.slots + chunk + 1, problem.t0),
-            recent=tree.buffer(round_up(segment, chunk), kept),
-            checkpoints=tree.buffer(sizes.checkpoints, self.solver.start(problem)),
-            stride=jnp.ones((), jnp.int32),
-            keep=self.keep,
-            layout=sizes,
-        )
+    def start(self, problem: Problem, layout: Layout, mark: Mark) -> Tape:
+        raise NotImplementedError("A tape is started by a TapeRecorder.")
 
     def note(self, step: Step, accepted: Bool[Array, ""]) -> TapeNote:
         del accepted
@@ -228,22 +216,59 @@ class TapeRecorder(AbstractRecorder):
         return TapeNote(tree.zeros_like(kept), step.interval.end)
 
     def write(self, record: Tape, place: Place, notes: TapeNote) -> Tape:
-        return dataclasses.replace(
-            record,
-            times=tree.put_block(record.times, place.slot + 1, notes.end),
-            recent=tree.put_block(record.recent, place.slot % record.layout.segment, notes.kept),
+        position = place.slot % record.layout.segment
+        start = jnp.where(position == 0, place.segment_start, record.times[0])
+        times = tree.put_block(tree.put(record.times, jnp.int32(0), start), position + 1, notes.end)
+        return dataclasses.replace(record, times=times, recent=tree.put_block(record.recent, position, notes.kept))
+
+
+class TapeRecorder(StepRecorder):
+    """Records a `Tape` with segments of at least `length` steps and at most so many checkpoints."""
+
+    length: int = eqx.field(static=True)
+    checkpoints: int = eqx.field(static=True)
+    slots: int = eqx.field(static=True)
+    on_grid: bool = eqx.field(static=True)
+
+    @property
+    def interpolates(self) -> bool:
+        """Others say which steps are interpolated."""
+        return False
+
+    @property
+    def segment_limit(self) -> int | None:
+        return None if self.length >= self.slots else self.length
+
+    def start(self, problem: Problem, layout: Layout, mark: Mark) -> Tape:
+        segment = layout.slots if self.length >= self.slots else round_up(self.length, layout.segment)
+        chunk = chunk_length(tree.buffer(self.solver.dense_degree, problem.y0), problem.scalars_per_array)
+        segments = math.ceil(layout.slots / segment)
+        checkpoints = min(self.checkpoints, segments)
+        best = tuple(places(checkpoints, segments)) if self.on_grid and checkpoints < segments else None
+        sizes = TapeLayout(layout.slots, segment, chunk, checkpoints, segments, best, self.interpolated)
+        kept = shapes_kept(self.keep, problem, self.solver, interpolated=self.interpolated)
+        return Tape(
+            times=jnp.full(round_up(segment, chunk) + 1, problem.t0),
+            recent=tree.buffer(round_up(segment, chunk), kept),
+            checkpoints=tree.map(lambda leaf: jnp.broadcast_to(leaf, (checkpoints, *leaf.shape)), mark),
+            stride=jnp.ones((), jnp.int32),
+            keep=self.keep,
+            layout=sizes,
         )
 
     def flush(self, record: Tape, place: Place, now: Scalar) -> Tape:
         del now
-        index = jnp.maximum(place.slot - 1, 0) // record.layout.segment
-        first, layout = self.keep.state(tree.take(record.recent, jnp.int32(0))), record.layout
+        layout = record.layout
+        last = jnp.maximum(place.slot - 1, 0)
+        index, is_first = last // layout.segment, place.slot - place.position == last // layout.segment * layout.segment
         if layout.checkpoints == layout.segments:
-            return dataclasses.replace(record, checkpoints=tree.put(record.checkpoints, index, first))
+            here = tree.where(is_first, place.mark, tree.take(record.checkpoints, index))
+            return dataclasses.replace(record, checkpoints=tree.put(record.checkpoints, index, here))
         if layout.places is None:
             record = _thinned(record, index)
         at = _last(record.places, index)
-        here = tree.where(tree.take(record.places, at) == index, first, tree.take(record.checkpoints, at))
+        stays = ~is_first | (tree.take(record.places, at) != index)
+        here = tree.where(stays, tree.take(record.checkpoints, at), place.mark)
         return dataclasses.replace(record, checkpoints=tree.put(record.checkpoints, at, here))
 
 
@@ -278,4 +303,4 @@ def tape_recorder(
         length = min(length, math.ceil(slots / checkpoints))
     length = max(1, min(slots, keep.segment(length, kept_bytes)))
     kept = checkpoints or max(1, 2 * root)
-    return TapeRecorder(problem, solver, keep, length, kept, slots, is_grid, requests.interpolated)
+    return TapeRecorder(problem, solver, keep, requests.interpolated, length, kept, slots, is_grid)

@@ -1,7 +1,6 @@
 """The forward integration as it can be walked back: from the last step to the first, some steps at a time."""
 
 import abc
-import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
@@ -9,7 +8,6 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from adjoint_jax import tree
 from adjoint_jax.adjoints.keep import AbstractKeep
 from adjoint_jax.adjoints.memory import Memory
 from adjoint_jax.integrate import Integrator, Report
@@ -20,11 +18,12 @@ Carry = TypeVar("Carry")
 
 
 class Segment(NamedTuple):
-    """Some consecutive steps: the slot of the first, how many there are, and what is kept of each of them, in a buffer
-    that is longer than that by up to a chunk."""
+    """Some consecutive steps: the slot of the first, how many there are; the times of their ends, from the start of the
+    first on, and what is kept of each of them, in buffers that are longer than that by up to a chunk."""
 
     begin: Int[Array, ""]
     steps: Int[Array, ""]
+    times: Float[Array, " times"]
     kept: Any
 
 
@@ -57,8 +56,6 @@ class Walked(NamedTuple):
 class AbstractTrail(eqx.Module):
     """A record of the forward integration. A step of no length stands for none."""
 
-    times: eqx.AbstractVar[Float[Array, " times"]]
-    """The ends of all steps, from t0 on; longer than that by at least a chunk."""
     keep: eqx.AbstractVar[AbstractKeep]
     """What is kept of every step."""
 
@@ -67,16 +64,10 @@ class AbstractTrail(eqx.Module):
     def chunk(self) -> int:
         """The number of steps that may be looked at at a time, wherever they begin."""
 
-    def standing_still(self, way: Way) -> "AbstractTrail":
-        """The trail of a given grid, where it goes on behind a failure, with steps of no length there."""
-        if way.integrator.grid_steps(way.problem) is None:
-            return self
-        taken = jnp.arange(self.times.shape[0]) <= way.report.stats.accepted
-        return dataclasses.replace(self, times=jnp.where(taken, self.times, way.report.reached))
-
-    def interval(self, way: Way, slot: Int[Array, ""]) -> Interval:
-        """The step of a slot."""
-        return way.interval(tree.take(self.times, slot), tree.take(self.times, slot + 1))
+    @property
+    @abc.abstractmethod
+    def slots(self) -> int:
+        """The largest number of steps, and at least a chunk more."""
 
     @abc.abstractmethod
     def memory(self, way: Way) -> Memory:
@@ -85,3 +76,11 @@ class AbstractTrail(eqx.Module):
     @abc.abstractmethod
     def walk_back(self, way: Way, visit: Callable[[Segment, Carry], Carry], carry: Carry) -> Walked:
         """Visit all steps in segments, from the last segment to the first."""
+
+
+def standing_still(way: Way, begin: Int[Array, ""], times: Float[Array, " times"]) -> Float[Array, " times"]:
+    """The ends of steps from slot `begin` on. Where a given grid goes on behind a failure, steps have no length there."""
+    if way.integrator.grid_steps(way.problem) is None:
+        return times
+    taken = begin + jnp.arange(times.shape[0]) <= way.report.stats.accepted
+    return jnp.where(taken, times, way.report.reached)
