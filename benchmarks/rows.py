@@ -104,10 +104,7 @@ def _small_network(length: Length) -> Row:
         length.of((1e-4, 1e-3, 1e-6)),
     )
     counted = _also(race, Mode.COUNTED, (by.DISCRETE, by.LINEARISATIONS, by.GAUSS))
-    wants = (
-        Want("gradient", by.DISCRETE.name, EVERY_PEER, 0.7, 1e-4),
-        Want("gradient", by.LINEARISATIONS.name, EVERY_PEER, 0.7, 1e-4),
-    )
+    wants = (Want("gradient", by.DISCRETE.name, EVERY_PEER, 0.7, 1e-4),)
     return Row("Neural ODE 16-64-64-16, batch 128, float32", (race, counted), wants)
 
 
@@ -123,7 +120,7 @@ def _large_network(length: Length) -> Row:
         (by.DISCRETE, by.LINEARISATIONS, by.GAUSS, *peers),
         length.of((1e-4, 1e-3, 1e-6)),
     )
-    wants = tuple(Want("gradient", name, EVERY_PEER, 0.85, 1e-4) for name in (by.DISCRETE.name, by.LINEARISATIONS.name))
+    wants = (Want("gradient", by.DISCRETE.name, EVERY_PEER, 0.85, 1e-4),)
     return Row("Neural ODE 64-512-512-64, batch 256, float32", (race,), wants)
 
 

@@ -64,8 +64,8 @@ def test_kernels_of_loops(stepping, quantity, lanes, in_one, in_all):
 
 @pytest.mark.parametrize(("quantity", "loops"), [("forward", 1), ("gradient", 3)])
 def test_arrays_in_the_loops_over_steps_are_small(quantity, loops):
-    """Forward, the same again, and transposed. XLA:CPU takes twice as long for the kernels of a loop in which an array is larger (see
-    `recorders`)."""
+    """Forward, the same again, and transposed. XLA:CPU takes twice as long for the kernels of a loop in which an array is
+    larger (see `recorders`)."""
     compiled = program("adaptive", quantity, False)
     kernels, largest = compiled.kernels(), compiled.largest_arrays()
     assert sum(kernels[name] >= 20 and largest[name] <= 512 for name in kernels) == loops
