@@ -28,6 +28,8 @@ from adjoint_jax.hoisting import programs_of
 
 _ATTRIBUTES = {"inlineable": "false", "xla_cpu_small_call": "true"}
 
+SINCE, BEFORE = (0, 7), (0, 13)
+"""The versions of JAX for which this was tested. Others run small programs operation by operation, or XLA knows better."""
 MOST_ENTRIES = 2048
 """Of any array that is computed in a loop: where arrays are larger, operations take longer than starting them, and
 XLA:CPU shares them among its threads."""
@@ -105,7 +107,7 @@ def _can_be_a_kernel(jaxpr: Any, limit: int | None, in_loops: int) -> bool:
     """Whether all its operations can be part of a kernel, and their results are within the limit, or that in loops."""
     for equation in jaxpr.eqns:
         name = equation.primitive.name
-        if name not in _ALLOWED:
+        if name not in _ALLOWED and not _stays_where_it_is(equation):
             return False
         if name.startswith("reduce_") and equation.invars[0].aval.size > MOST_SUMMED and _is_of_floats(equation):
             return False
@@ -116,6 +118,11 @@ def _can_be_a_kernel(jaxpr: Any, limit: int | None, in_loops: int) -> bool:
         if not all(_can_be_a_kernel(called, within, in_loops) for called in programs_of(equation)):
             return False
     return True
+
+
+def _stays_where_it_is(equation: Any) -> bool:
+    """Whether it puts something on the device where the program runs, as older versions of JAX do with NumPy's arrays."""
+    return equation.primitive.name == "device_put" and all(device is None for device in equation.params["devices"])
 
 
 def _is_of_floats(equation: Any) -> bool:
@@ -133,21 +140,24 @@ def _evaluated(*operands: Any, program: _Program) -> list[Any]:
 def _marked(*operands: Any, program: _Program) -> list[Any]:
     """The program as a call with the attributes, given to the operation that makes a value.
 
-    XLA ends the process where such a function does not use one of its arguments, so something of each becomes a result."""
+    XLA ends the process where such a function does not use one of its arguments. So something of each becomes a result, and
+    no argument may be a constant, which would be put in its place."""
 
     @jax.jit
     def call(*operands: Any) -> tuple[list[Any], Array]:
         firsts = (jnp.ravel(operand)[0].real.astype(jnp.float32) for operand in operands)
         return program(*operands), sum(firsts, start=jnp.zeros((), jnp.float32))
 
-    results, used = call(*operands)
+    results, used = call(*jax.lax.optimization_barrier(operands))
     set_xla_metadata(used, **_ATTRIBUTES)
     return results
 
 
 def _lowered_on_cpu(context: Any, *operands: Any, program: _Program) -> Any:
     is_alone = getattr(context.module_context.axis_context, "num_devices", None) == 1
-    return mlir.lower_fun(_marked if is_alone else _evaluated, multiple_results=True)(context, *operands, program=program)
+    is_tested = SINCE <= jax.__version_info__[:2] < BEFORE
+    function = _marked if is_alone and is_tested else _evaluated
+    return mlir.lower_fun(function, multiple_results=True)(context, *operands, program=program)
 
 
 def _in_lanes(operands: Sequence[Any], axes: Sequence[Any], *, program: _Program) -> tuple[list[Any], list[int]]:

@@ -47,7 +47,7 @@ def program(stepping, quantity, lanes):
 @pytest.mark.parametrize(
     ("stepping", "quantity", "lanes", "in_one", "in_all"),
     [
-        ("adaptive", "forward", False, 44, 72),
+        ("adaptive", "forward", False, 44, 76),
         ("adaptive", "gradient", False, 66, 270),
         ("adaptive", "forward", True, 96, 154),
         ("adaptive", "gradient", True, 102, 370),
