@@ -60,6 +60,16 @@ def test_what_is_known_when_it_is_traced_is_no_argument():
     assert in_one_kernel(lambda a, b: (a + 1, b, "text"), 1.0, None)[1:] == (None, "text")
 
 
+def test_arguments_that_are_not_used_or_constant():
+    """XLA ends the process where a kernel does not use one of its arguments."""
+
+    def scaled(x):
+        constants = jnp.asarray(2.0), jnp.zeros(3), jnp.asarray(0), jnp.asarray(True)
+        return in_one_kernel(lambda x, unused, factor, *rest: (factor * x, rest[1]), x, x + 1, *constants)
+
+    agree(jit(scaled)(X), (2 * X, 0))
+
+
 @pytest.mark.parametrize(
     "function",
     [
