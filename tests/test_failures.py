@@ -365,7 +365,12 @@ def test_a_failing_lane_touches_no_other(controller):
     jit = functools.partial(jax.jit, compiler_options={"xla_cpu_use_fusion_emitters": True} if turned_off else None)
     solution = functools.partial(lane_solution, controller=controller)
     single = jit(solution)
-    together = jax.tree.map(np.asarray, jit(jax.vmap(solution))(KINDS, RATES))
+    lanes = jit(jax.vmap(solution))
+    together = jax.tree.map(np.asarray, lanes(KINDS, RATES))
+
+    def by_itself(lane):
+        return jax.tree.map(lambda leaf: leaf[0], lanes(KINDS[lane : lane + 1], RATES[lane : lane + 1]))
+
     good = np.flatnonzero(EXPECTED == Status.SUCCESS)
     status = together[4]
     np.testing.assert_array_equal(status[good], Status.SUCCESS)
@@ -374,21 +379,18 @@ def test_a_failing_lane_touches_no_other(controller):
         assert status[3] != Status.SUCCESS
         assert status[4] == Status.MAX_STEPS_REACHED
     for lane in range(len(KINDS)):
-        alone = single(KINDS[lane], RATES[lane])
+        alone = single(KINDS[lane], RATES[lane]) if lane in good else by_itself(lane)
         mine = jax.tree.map(lambda leaf: leaf[lane], together)  # noqa: B023
         if lane in good:
             _, ys, dense, stats, *_ = mine
             np.testing.assert_allclose(ys[0][:, 0], np.cos(RATES[lane] * LANE_TS), atol=2e-4)
             assert not any(np.isnan(leaf).any() for leaf in (ys[0], ys[1], dense))
             assert jax.tree.map(int, stats) == jax.tree.map(int, alone[3])
-        # A failing lane ends in the rounding errors of its step sizes, and so do the places where a good one steps: how
-        # many steps an adaptive one takes before it fails depends on them too.
+        # A failing lane ends in the rounding errors of its step sizes, and so do the places where a good one steps. So it
+        # is compared with a lane by itself, which is computed in the same operations.
         rtol = 1e-12 if lane in good else 1e-5
         loose = max(rtol, 1e-7)
         for (path, a), b in zip(jax.tree.leaves_with_path(mine), jax.tree.leaves(alone), strict=True):
-            first, second = ([getattr(key, "idx", None) for key in path] + [None])[:2]
-            is_step = first in (0, 1) and second == 2
-            if adapts and lane not in good and (is_step or first == 3):
-                continue
+            is_step = [getattr(key, "idx", None) for key in path][:2] in ([0, 2], [1, 2])
             tolerance = loose if is_step else rtol
             np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance, err_msg=f"lane {lane}, {path}")
