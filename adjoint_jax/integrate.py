@@ -94,10 +94,22 @@ class Integrator(eqx.Module):
     def _run(self, problem: Problem, recorders: Sequence[AbstractRecorder], valid: Bool[Array, ""]) -> Outcome:
         return self._loop(problem, recorders).run(valid)
 
-    def again(self, problem: Problem, mark: Mark, stretch: Stretch, kept: Recording | None) -> tuple[Mark, Any]:
-        """Take steps again from a mark on: the mark behind them, and their record (None without a recorder)."""
+    def again(
+        self,
+        problem: Problem,
+        mark: Mark,
+        stretch: Stretch,
+        times: Float[Array, " times"] | None,
+        kept: Recording | None,
+    ) -> tuple[Mark, Any]:
+        """Take steps again from a mark on: the mark behind them, and their record (None without a recorder). Where the ends
+        of all steps are known, they are a given grid; otherwise steps are chosen again as they were."""
         recorders, records = ((), ()) if kept is None else ((kept.recorder,), (kept.record,))
-        mark, records = self._loop(problem, recorders).again(mark, stretch, records)
+        if times is None:
+            loop = self._loop(problem, recorders)
+        else:
+            loop = _GridLoop(problem.for_steps(), self.solver, self.controller, recorders, times)
+        mark, records = loop.again(mark, stretch, records)
         return mark, (records[0] if records else None)
 
     def _loop(self, problem: Problem, recorders: Sequence[AbstractRecorder]) -> "_SteppingLoop | _GridLoop":
@@ -446,8 +458,14 @@ class _GridLoop(NamedTuple):
         stats = Stats(taken, _zero(), iterations + (steps * per_step + start_evaluations))
         return Outcome(state, records, Report(tree.take(grid, taken), status, stats, _zero() + steps, grid[-1] - grid[-2]))
 
+    @property
+    def _reuses_last_stage(self) -> bool:
+        """Whether the slope at the end of a step is that at the start of the next: not where the field may jump between."""
+        is_smooth = not isinstance(self.controller, AbstractStepSize) or self.controller.jump_ts is None
+        return self.solver.reuses_last_stage and is_smooth
+
     def _pace(self, t: Scalar, state: Arrays) -> _Pace:
-        slope = self.solver.slope(self.problem, t, state) if self.solver.reuses_last_stage else None
+        slope = self.solver.slope(self.problem, t, state) if self._reuses_last_stage else None
         return _Pace(state, slope, _zero())
 
     def again(self, mark: Mark, stretch: Stretch, records: tuple[Any, ...]) -> tuple[Mark, tuple[Any, ...]]:
@@ -503,7 +521,7 @@ class _GridLoop(NamedTuple):
             step = self.solver.with_dense_stages(self.problem, step)
         taken = stride.start != stride.end
         step = step._replace(after=tree.where(taken, step.after, state))
-        slope = self.solver.last_stage(step) if self.solver.reuses_last_stage else None
+        slope = self.solver.last_stage(step) if self._reuses_last_stage else None
         iterations = _counted(iterations, step, taken)
         return _Pace(step.after, slope, iterations), tuple(recorder.note(step, taken) for recorder in self.recorders)
 

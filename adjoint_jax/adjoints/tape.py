@@ -1,8 +1,10 @@
 """A trail of recorded steps: those of one segment, and marks at checkpoints, from which the others are taken again.
 
-Times, and what is needed to transpose a step (its state, or more), are kept for the steps of one segment; and marks, the
-states of the forward loop, at checkpoints: the starts of some segments. The steps behind a checkpoint are taken again, just
-as they were taken, when their turn comes: so nothing that is kept is as long as the largest number of steps.
+What is needed to transpose a step (its state, or more) is kept for the steps of one segment; and marks, the states of the
+forward loop, at checkpoints: the starts of some segments. The steps behind a checkpoint are taken again when their turn
+comes. Where the times of all steps are kept, or given, nothing else is needed for that. In scalars, which lanes are computed
+in, times are more than all the rest: they are kept of one segment alone, and earlier steps are chosen again just as they
+were chosen, so that nothing that is kept is as long as the largest number of steps.
 Where there are fewer checkpoints than segments, `revolve` tells where they stand.
 """
 
@@ -35,8 +37,9 @@ LANE_SEGMENT_BYTES = 2 * 2**10
 
 
 class Tape(AbstractTrail):
-    """The ends of the steps of the last segment, from its start on, and what is kept of each; the marks at checkpoints.
-    Buffers are longer than segments by up to a chunk, so that every chunk lies inside.
+    """What is kept of each step of the last segment; the marks at checkpoints; and the ends of all steps, from t0 on, or of
+    those of the last segment, from its start on. Buffers are longer than that by up to a chunk, so that every chunk lies
+    inside.
 
     Checkpoints stand at the starts of the segments that `places` tells: on a given grid where they are best, else at those
     of every `stride`th."""
@@ -91,7 +94,10 @@ class Tape(AbstractTrail):
 
     def _segment(self, way: Way, begin: Int[Array, ""], steps: Int[Array, ""]) -> Segment:
         """The recorded segment, of so many steps."""
-        return Segment(begin, steps, standing_still(way, begin, self.times), self.recent)
+        times = self.times
+        if self.layout.timed:
+            times = tree.take_block(times, begin, round_up(self.layout.segment, self.layout.chunk) + 1)
+        return Segment(begin, steps, standing_still(way, begin, times), self.recent)
 
     def _with(self, recent: Any, times: Float[Array, " times"]) -> "Tape":
         return dataclasses.replace(self, recent=recent, times=times)
@@ -100,7 +106,11 @@ class Tape(AbstractTrail):
         """The tape with other steps, taken again from a mark."""
         recorder = StepRecorder(way.problem, way.integrator.solver, self.keep, self.layout.interpolated)
         stretch = Stretch(begin, steps, self.layout.common)
-        return way.integrator.again(way.problem, mark, stretch, Recording(recorder, self))[1]
+        return way.integrator.again(way.problem, mark, stretch, self._grid, Recording(recorder, self))[1]
+
+    @property
+    def _grid(self) -> Float[Array, " times"] | None:
+        return self.times if self.layout.timed else None
 
     def _first_mark(
         self, way: Way, index: Int[Array, ""], known: Bool[Array, ""], stack: "_Stack"
@@ -135,7 +145,7 @@ class Tape(AbstractTrail):
         """The mark at the start of segment `end`, from that at the start of segment `start`."""
         segment = self.layout.segment
         stretch = Stretch(start * segment, (end - start) * segment, self.layout.common)
-        return way.integrator.again(way.problem, mark, stretch, None)[0]
+        return way.integrator.again(way.problem, mark, stretch, self._grid, None)[0]
 
 
 class _Stack(NamedTuple):
@@ -168,7 +178,8 @@ class _Going(NamedTuple):
 
 class TapeLayout(NamedTuple):
     """Static sizes: steps at most, in a segment, and in a chunk; checkpoints, and the largest number of segments; the
-    segments of checkpoints, where they are known; and whether the loss may depend on interpolants."""
+    segments of checkpoints, where they are known; whether the times of all steps are; and whether the loss may depend on
+    interpolants."""
 
     slots: int
     segment: int
@@ -176,7 +187,12 @@ class TapeLayout(NamedTuple):
     checkpoints: int
     segments: int
     places: tuple[int, ...] | None
+    timed: bool
     interpolated: bool
+
+    def marked(self, mark: Mark) -> Mark:
+        """What is kept of a mark."""
+        return mark._replace(choice=()) if self.timed else mark
 
     @property
     def common(self) -> int:
@@ -217,18 +233,22 @@ class StepRecorder(AbstractRecorder):
 
     def write(self, record: Tape, place: Place, notes: TapeNote) -> Tape:
         position = place.slot % record.layout.segment
+        record = dataclasses.replace(record, recent=tree.put_block(record.recent, position, notes.kept))
+        if record.layout.timed:
+            return record
         start = jnp.where(position == 0, place.segment_start, record.times[0])
         times = tree.put_block(tree.put(record.times, jnp.int32(0), start), position + 1, notes.end)
-        return dataclasses.replace(record, times=times, recent=tree.put_block(record.recent, position, notes.kept))
+        return dataclasses.replace(record, times=times)
 
 
 class TapeRecorder(StepRecorder):
-    """Records a `Tape` with segments of at least `length` steps and at most so many checkpoints."""
+    """Records a `Tape` with segments of at least `length` steps and at most so many checkpoints. `grid`: the times, where
+    they are given."""
 
     length: int = eqx.field(static=True)
     checkpoints: int = eqx.field(static=True)
     slots: int = eqx.field(static=True)
-    on_grid: bool = eqx.field(static=True)
+    grid: Float[Array, " times"] | None
 
     @property
     def interpolates(self) -> bool:
@@ -244,11 +264,13 @@ class TapeRecorder(StepRecorder):
         chunk = chunk_length(tree.buffer(self.solver.dense_degree, problem.y0), problem.scalars_per_array)
         segments = math.ceil(layout.slots / segment)
         checkpoints = min(self.checkpoints, segments)
-        best = tuple(places(checkpoints, segments)) if self.on_grid and checkpoints < segments else None
-        sizes = TapeLayout(layout.slots, segment, chunk, checkpoints, segments, best, self.interpolated)
-        kept = shapes_kept(self.keep, problem, self.solver, interpolated=self.interpolated)
+        best = tuple(places(checkpoints, segments)) if self.grid is not None and checkpoints < segments else None
+        timed = self.grid is not None or not problem.is_in_scalars
+        sizes = TapeLayout(layout.slots, segment, chunk, checkpoints, segments, best, timed, self.interpolated)
+        kept, mark = shapes_kept(self.keep, problem, self.solver, interpolated=self.interpolated), sizes.marked(mark)
+        length = (segments * segment + chunk if timed else round_up(segment, chunk)) + 1
         return Tape(
-            times=jnp.full(round_up(segment, chunk) + 1, problem.t0),
+            times=self._times(problem, length),
             recent=tree.buffer(round_up(segment, chunk), kept),
             checkpoints=tree.map(lambda leaf: jnp.broadcast_to(leaf, (checkpoints, *leaf.shape)), mark),
             stride=jnp.ones((), jnp.int32),
@@ -256,19 +278,31 @@ class TapeRecorder(StepRecorder):
             layout=sizes,
         )
 
+    def _times(self, problem: Problem, length: int) -> Float[Array, " times"]:
+        if self.grid is None:
+            return jnp.full(length, problem.t0)
+        return jnp.concatenate([self.grid, jnp.full(length - self.grid.shape[0], self.grid[-1])])
+
+    def write(self, record: Tape, place: Place, notes: TapeNote) -> Tape:
+        record = super().write(record, place, notes)
+        if self.grid is not None or not record.layout.timed:
+            return record
+        return dataclasses.replace(record, times=tree.put_block(record.times, place.slot + 1, notes.end))
+
     def flush(self, record: Tape, place: Place, now: Scalar) -> Tape:
         del now
         layout = record.layout
+        mark = layout.marked(place.mark)
         last = jnp.maximum(place.slot - 1, 0)
         index, is_first = last // layout.segment, place.slot - place.position == last // layout.segment * layout.segment
         if layout.checkpoints == layout.segments:
-            here = tree.where(is_first, place.mark, tree.take(record.checkpoints, index))
+            here = tree.where(is_first, mark, tree.take(record.checkpoints, index))
             return dataclasses.replace(record, checkpoints=tree.put(record.checkpoints, index, here))
         if layout.places is None:
             record = _thinned(record, index)
         at = _last(record.places, index)
         stays = ~is_first | (tree.take(record.places, at) != index)
-        here = tree.where(stays, tree.take(record.checkpoints, at), place.mark)
+        here = tree.where(stays, tree.take(record.checkpoints, at), mark)
         return dataclasses.replace(record, checkpoints=tree.put(record.checkpoints, at, here))
 
 
@@ -293,9 +327,9 @@ def tape_recorder(
     whether all steps of a given grid may be one segment."""
     (problem, requests), solver = inputs, integrator.solver
     kept_bytes = max(1, bytes_kept(keep, problem, solver, interpolated=requests.interpolated))
-    slots, is_grid = integrator.slots(problem), integrator.grid_steps(problem) is not None
+    slots, grid = integrator.slots(problem), integrator.controller.grid(problem.t0, problem.t1)
     length = root = math.isqrt(slots)
-    if not is_grid:
+    if grid is None:
         length = max(root, LANE_SEGMENT_BYTES // kept_bytes)
     elif whole and checkpoints is None and slots * kept_bytes <= keep.bytes:
         length = slots
@@ -303,4 +337,4 @@ def tape_recorder(
         length = min(length, math.ceil(slots / checkpoints))
     length = max(1, min(slots, keep.segment(length, kept_bytes)))
     kept = checkpoints or max(1, 2 * root)
-    return TapeRecorder(problem, solver, keep, requests.interpolated, length, kept, slots, is_grid)
+    return TapeRecorder(problem, solver, keep, requests.interpolated, length, kept, slots, grid)
