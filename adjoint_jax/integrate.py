@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from adjoint_jax import tree
 from adjoint_jax.controllers.controller import AbstractController, AbstractStepSize
 from adjoint_jax.kernels import in_one_kernel
-from adjoint_jax.lanes import any_lane
+from adjoint_jax.lanes import any_lane, apart
 from adjoint_jax.linear.mass import is_consistent
 from adjoint_jax.problem import Problem
 from adjoint_jax.recorders import AbstractRecorder, Layout, Place
@@ -193,6 +193,7 @@ class _SteppingLoop(NamedTuple):
         blank = self._blank_notes(walk)
         layout = self._layout(blank)
         records = tuple(recorder.start(self.problem, layout, walk.mark) for recorder in self.recorders)
+        walk, records = self._apart((walk, records))
 
         def fill_chunk(progress: _Progress) -> _Progress:
             return self._fill_chunk(progress, layout.chunk)
@@ -226,6 +227,9 @@ class _SteppingLoop(NamedTuple):
         progress = _Progress(walk, any_lane(self._running(walk)), records, start)
         progress = jax.lax.while_loop(unfilled, lambda p: self._fill_chunk(p, stretch.chunk), progress)
         return progress.walk.mark, progress.records
+
+    def _apart(self, values: PyTree[Any]) -> PyTree[Any]:
+        return apart(values) if self.controller.adapts else values
 
     def _layout(self, blank: tuple[Any, ...]) -> Layout:
         limit = min(_limits(recorder.segment_limit for recorder in self.recorders), default=None)
@@ -270,6 +274,7 @@ class _SteppingLoop(NamedTuple):
         walk = progress.walk
         blank = self._blank_notes(walk)
         empty = tree.map(lambda leaf: jnp.broadcast_to(leaf, (slots, *leaf.shape)), blank)
+        walk, empty = self._apart((walk, empty))
 
         def unfilled(chunk: _Chunk) -> Bool[Array, ""]:
             return chunk.going & (chunk.filled < slots)

@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, PyTree
 
+from adjoint_jax.tree import is_traced
+
 
 def _over_lanes(reduce: Callable[..., Array]) -> Callable[[Array], Array]:
     @jax.custom_batching.custom_vmap
@@ -48,6 +50,48 @@ def max_lane(value: Int[Array, ""]) -> Int[Array, ""]:
 def min_lane(value: Int[Array, ""]) -> Int[Array, ""]:
     """The smallest value of all lanes: the same value in all lanes."""
     return _min(value)
+
+
+def apart(values: PyTree[Any]) -> PyTree[Any]:
+    """The same, but under `vmap` with a value of its own in every lane for each of them, if there is for any.
+
+    JAX finds by repetition which values of a loop differ between lanes: those that it starts with, then those that these
+    make differ, and so on, with all loops within every time. Where all do from the start, once is enough."""
+    leaves, structure = jax.tree.flatten(values)
+    return jax.tree.unflatten(structure, _apart(leaves))
+
+
+@jax.custom_batching.custom_vmap
+def _apart(leaves: list[Any]) -> list[Any]:
+    return leaves
+
+
+@_apart.def_vmap
+def _lanes_apart(axis_size: int, in_batched: list[Any], leaves: list[Any]) -> tuple[list[Any], Any]:
+    lanes = [
+        leaf if is_batched else jnp.broadcast_to(leaf, (axis_size, *jnp.shape(leaf)))
+        for leaf, is_batched in zip(leaves, in_batched[0], strict=True)
+    ]
+    return _apart(lanes), [True] * len(lanes)
+
+
+def are_lanes(values: PyTree[Any]) -> bool:
+    """Whether a `vmap` is seen at work on any of the values here. One outside of a `jit` around here is not seen: then this
+    becomes part of a program of one lane, whose lanes are computed later."""
+    seen = []
+
+    @jax.custom_batching.custom_vmap
+    def one(leaves: list[Any]) -> list[Any]:
+        return leaves
+
+    @one.def_vmap
+    def lanes(axis_size: int, in_batched: list[Any], leaves: list[Any]) -> tuple[list[Any], Any]:
+        del axis_size
+        seen.append(True)
+        return leaves, in_batched[0]
+
+    one([jax.lax.stop_gradient(leaf) for leaf in jax.tree.leaves(values) if is_traced(leaf)])
+    return bool(seen)
 
 
 def in_lanes(of_one: Callable[..., Any], of_lanes: Callable[..., Any]) -> Callable[..., Any]:

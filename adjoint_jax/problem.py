@@ -121,6 +121,11 @@ class Problem(eqx.Module):
         return isinstance(self.vector_field, ScalarProgram)
 
     @property
+    def is_in_lanes(self) -> bool:
+        """Whether it is known to be one of many lanes, all of them in scalars."""
+        return isinstance(self.vector_field, ScalarProgram) and self.vector_field.in_lanes
+
+    @property
     def multiplies_matrices(self) -> bool:
         """Whether the vector field does, so that XLA cannot fuse one evaluation with the next."""
         return multiplies_matrices(jax.make_jaxpr(self.field)(self.t0, self.y0).jaxpr)

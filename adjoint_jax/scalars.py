@@ -37,6 +37,15 @@ COSTS = {
 """Operations that are done entry by entry, and about how many additions cost as much."""
 MOVES = frozenset({"broadcast_in_dim", "dynamic_slice", "gather", "reshape", "rev", "slice", "squeeze", "transpose"})
 """Operations that only choose among the entries of their first operand."""
+IN_NUMPY: dict[str, Callable[[Grid, dict[str, Any]], Grid]] = {
+    "reshape": lambda grid, parameters: grid.reshape(parameters["new_sizes"]),
+    "slice": lambda grid, parameters: grid[
+        tuple(map(slice, parameters["start_indices"], parameters["limit_indices"], parameters["strides"] or [1] * grid.ndim))
+    ],
+    "squeeze": lambda grid, parameters: grid.squeeze(parameters["dimensions"]),
+}
+"""Those that nearly every program has, as functions of the operand and the operation's parameters: JAX would compile a
+program for each, at 10 to 20 ms."""
 FOLDS = {"reduce_sum": jax.lax.add, "reduce_prod": jax.lax.mul, "reduce_max": jax.lax.max, "reduce_min": jax.lax.min}
 """Operations that combine the entries along some axes."""
 CALLS = frozenset({"jit", "pjit", "closed_call"})
@@ -90,6 +99,8 @@ class ScalarProgram(Hoisted):
 
     largest: int = eqx.field(static=True)
     """Entries of the largest array of the state that the scalars stand for."""
+    in_lanes: bool = eqx.field(static=True)
+    """Whether it is known that there are many lanes."""
 
     @property
     def cost(self) -> int:
@@ -101,7 +112,9 @@ class _NotInScalarsError(Exception):
     """Something in a program is not arithmetic, selection or reduction of entries."""
 
 
-def written_out(function: Hoisted, t: Scalar, y: Arrays, args: PyTree[Any]) -> ScalarProgram | None:
+def written_out(
+    function: Hoisted, t: Scalar, y: Arrays, args: PyTree[Any], *, in_lanes: bool
+) -> ScalarProgram | None:
     """A function in scalars; None if it cannot be written so.
 
     The program's args are the entries of two tuples: of the inexact arrays that the function closes over, and of those in
@@ -122,7 +135,7 @@ def written_out(function: Hoisted, t: Scalar, y: Arrays, args: PyTree[Any]) -> S
         scalar = hoisted(program, t, of_y.apart(y), parameters)
     except _NotInScalarsError:
         return None
-    return ScalarProgram(scalar.arrays, scalar.jaxpr, scalar.structure, of_y.largest)
+    return ScalarProgram(scalar.arrays, scalar.jaxpr, scalar.structure, of_y.largest, in_lanes)
 
 
 def _evaluated(jaxpr: Any, values: Sequence[Grid]) -> list[Grid]:
@@ -138,8 +151,10 @@ def _outputs(equation: Any, operands: list[Grid]) -> list[Grid]:
     if name in CALLS:
         closed = parameters["jaxpr"]
         return _evaluated(closed.jaxpr, [*map(_grid, closed.consts), *operands])
-    if not tree.is_traced(*(entry for operand in operands for entry in operand.flat)):
+    if name not in IN_NUMPY and not tree.is_traced(*(entry for operand in operands for entry in operand.flat)):
         return [_grid(value) for value in _at_once(equation, *map(_array, operands))]
+    if name in IN_NUMPY:
+        return [IN_NUMPY[name](operands[0], parameters)]
     if name in MOVES:
         positions = _array(_grid(np.arange(operands[0].size).reshape(operands[0].shape)))
         chosen = _at_once(equation, positions, *map(_array, operands[1:]))[0]

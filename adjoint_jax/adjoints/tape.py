@@ -2,9 +2,8 @@
 
 What is needed to transpose a step (its state, or more) is kept for the steps of one segment; and marks, the states of the
 forward loop, at checkpoints: the starts of some segments. The steps behind a checkpoint are taken again when their turn
-comes. Where the times of all steps are kept, or given, nothing else is needed for that. In scalars, which lanes are computed
-in, times are more than all the rest: they are kept of one segment alone, and earlier steps are chosen again just as they
-were chosen, so that nothing that is kept is as long as the largest number of steps.
+comes. Where the times of all steps are kept, or given, nothing else is needed for that. In lanes of few numbers each, times are more than all the rest: they are kept of one segment alone, and earlier steps are
+chosen again just as they were chosen, so that nothing that is kept is as long as the largest number of steps.
 Where there are fewer checkpoints than segments, `revolve` tells where they stand.
 """
 
@@ -265,7 +264,7 @@ class TapeRecorder(StepRecorder):
         segments = math.ceil(layout.slots / segment)
         checkpoints = min(self.checkpoints, segments)
         best = tuple(places(checkpoints, segments)) if self.grid is not None and checkpoints < segments else None
-        timed = self.grid is not None or not problem.is_in_scalars
+        timed = self.grid is not None or not problem.is_in_lanes
         sizes = TapeLayout(layout.slots, segment, chunk, checkpoints, segments, best, timed, self.interpolated)
         kept, mark = shapes_kept(self.keep, problem, self.solver, interpolated=self.interpolated), sizes.marked(mark)
         length = (segments * segment + chunk if timed else round_up(segment, chunk)) + 1
