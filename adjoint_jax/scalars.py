@@ -40,7 +40,9 @@ MOVES = frozenset({"broadcast_in_dim", "dynamic_slice", "gather", "reshape", "re
 IN_NUMPY: dict[str, Callable[[Grid, dict[str, Any]], Grid]] = {
     "reshape": lambda grid, parameters: grid.reshape(parameters["new_sizes"]),
     "slice": lambda grid, parameters: grid[
-        tuple(map(slice, parameters["start_indices"], parameters["limit_indices"], parameters["strides"] or [1] * grid.ndim))
+        tuple(
+            map(slice, parameters["start_indices"], parameters["limit_indices"], parameters["strides"] or [1] * grid.ndim)
+        )
     ],
     "squeeze": lambda grid, parameters: grid.squeeze(parameters["dimensions"]),
 }
@@ -112,9 +114,7 @@ class _NotInScalarsError(Exception):
     """Something in a program is not arithmetic, selection or reduction of entries."""
 
 
-def written_out(
-    function: Hoisted, t: Scalar, y: Arrays, args: PyTree[Any], *, in_lanes: bool
-) -> ScalarProgram | None:
+def written_out(function: Hoisted, t: Scalar, y: Arrays, args: PyTree[Any], *, in_lanes: bool) -> ScalarProgram | None:
     """A function in scalars; None if it cannot be written so.
 
     The program's args are the entries of two tuples: of the inexact arrays that the function closes over, and of those in

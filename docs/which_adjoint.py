@@ -216,7 +216,7 @@ def discrete_and_memory() -> list[Row]:
         return jnp.sum(aj.solve(lambda t, y, args: jnp.sin(y), 0.0, 1.0, y0, **grid, **options).ys ** 2)
 
     adjoints = {
-        "Discrete()": {"adjoint": aj.DiscreteAdjoint(), "solver": aj.RK4()},
+        "Discrete(keep=KeepStates(2**24))": {"adjoint": aj.DiscreteAdjoint(keep=aj.KeepStates(2**24)), "solver": aj.RK4()},
         "Discrete(checkpoints=4)": {"adjoint": aj.DiscreteAdjoint(checkpoints=4), "solver": aj.RK4()},
         "Reversible()": {"adjoint": aj.ReversibleAdjoint(), "solver": aj.Reversible(aj.RK4())},
         "Backsolve()": {"adjoint": aj.BacksolveAdjoint(), "solver": aj.RK4()},

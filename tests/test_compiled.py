@@ -48,11 +48,11 @@ def program(stepping, quantity, lanes):
     ("stepping", "quantity", "lanes", "in_one", "in_all"),
     [
         ("adaptive", "forward", False, 44, 76),
-        ("adaptive", "gradient", False, 66, 270),
+        ("adaptive", "gradient", False, 50, 180),
         ("adaptive", "forward", True, 96, 154),
         ("adaptive", "gradient", True, 102, 370),
         ("given grid", "forward", False, 9, 23),
-        ("given grid", "gradient", False, 27, 70),
+        ("given grid", "gradient", False, 27, 62),
     ],
 )
 def test_kernels_of_loops(stepping, quantity, lanes, in_one, in_all):
@@ -62,10 +62,10 @@ def test_kernels_of_loops(stepping, quantity, lanes, in_one, in_all):
     assert total <= in_all
 
 
-@pytest.mark.parametrize(("quantity", "loops"), [("forward", 1), ("gradient", 3)])
+@pytest.mark.parametrize(("quantity", "loops"), [("forward", 1), ("gradient", 2)])
 def test_arrays_in_the_loops_over_steps_are_small(quantity, loops):
-    """Forward, the same again, and transposed. XLA:CPU takes twice as long for the kernels of a loop in which an array is
-    larger (see `recorders`)."""
+    """Forward and transposed. XLA:CPU takes twice as long for the kernels of a loop in which an array is larger (see
+    `recorders`). Where steps are taken again, what is kept of each is written where it belongs at once."""
     compiled = program("adaptive", quantity, False)
     kernels, largest = compiled.kernels(), compiled.largest_arrays()
     assert sum(kernels[name] >= 20 and largest[name] <= 512 for name in kernels) == loops

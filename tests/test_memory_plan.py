@@ -99,8 +99,8 @@ def test_linearisations_are_chosen_where_evaluations_are_bound_by_parameters():
 
 
 def test_all_states_of_a_given_grid_are_kept_if_they_fit_in_what_is_allowed():
-    """So that no step is taken again; by default in 16 MiB."""
-    steps = 2**24 // STATE + 1
+    """So that no step is taken again; by default in 128 MiB."""
+    steps = 2**27 // STATE + 1
     allowed = aj.DiscreteAdjoint(keep=aj.KeepStates(bytes=steps * STATE))
     just_not = aj.DiscreteAdjoint(keep=aj.KeepStates(bytes=steps * STATE - 1))
     of_all = plan(allowed, controller=aj.FixedSteps(steps))

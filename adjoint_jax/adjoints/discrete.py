@@ -20,14 +20,15 @@ class DiscreteAdjoint(AbstractExactAdjoint):
     computed solution can depend on directions that it does not contain much more than the true one does, and so does this
     gradient: on stiff problems use `InterpolatingAdjoint` or `GaussAdjoint`.
 
-    States are kept at checkpoints, the starts of some segments of steps, and throughout the last segment, with the times of
-    its steps; those of an earlier segment are taken again, with the rejected ones among them, when its turn comes.
+    States are kept at checkpoints, the starts of some segments of steps, and throughout the last segment, and the times of
+    all steps; the steps of an earlier segment are taken again when its turn comes. In lanes of few numbers, times would be
+    most of it: there steps are chosen again just as they were chosen, with the rejected ones among them.
 
     - `checkpoints`: how many states to keep besides those of one segment. With fewer than there are segments, of about the
       square root of the largest number of steps each, they divide what remains again and again: with k free checkpoints,
       r repetitions of the forward steps suffice for (k + r)! / (k! r!) segments, but few are free at first. By default, all
-      states of a given grid are kept if they fit in 16 MiB, or in the `bytes` of `KeepStates(bytes)`, and otherwise those
-      at the starts of all segments: one repetition, about a fifth of the gradient's time.
+      states of a given grid are kept if they fit in 128 MiB (16 MiB in every lane of a `vmap`), or in the `bytes` of
+      `KeepStates(bytes)`, and otherwise those at the starts of all segments: one repetition, about a fifth of the time.
     - `keep`: what is kept of the steps of a segment: `KeepStates()`; `KeepStages()`; or `KeepLinearisations()`, all that
       backpropagation needs, so that nothing is computed twice where it fits. By default linearisations where an explicit
       method takes the steps of a given grid, all of them fit in 16 MiB, those of one step are no larger than the parameters

@@ -12,13 +12,13 @@ from adjoint_jax.solvers.explicit_runge_kutta import ExplicitRungeKutta
 from adjoint_jax.solvers.solver import AbstractSolver, Pullback, Step, StepOutputs, pullback_at
 from adjoint_jax.tree import Arrays
 
-DEFAULT_BUDGET = 2**24
-"""Bytes of all states of a given grid that are kept unless the user says otherwise, in every lane of a `vmap`.
+BUDGET, BUDGET_OF_LANE = 2**27, 2**24
+"""Bytes of all states of a given grid that are kept unless the user says otherwise: by a single problem, and in every lane
+of a `vmap`, of which a thousand may each keep so much.
 
-More of them save a second pass over the steps, a fifth of a gradient's time. But lanes are not seen here, and a thousand of
-them may each keep so much: a fifth is not worth that nobody knows whether a program fits. Measured with RK4 on a network
-32-128-128-32, 64 samples, 10,000 steps, one core of a CPU: 16.3 s with 2.7 MB, 13.0 s with 83 MB; `jax.checkpoint` around
-every step of a scan takes 13.2 s and 82 MB. `KeepLinearisations` with 4 to 19 MB: 17.3 to 17.9 s.
+More of them save a second pass over the steps, a fifth of a gradient's time. Measured with RK4 on a network 32-128-128-32,
+64 samples, 10,000 steps, one core of a CPU: 16.3 s with 2.7 MB, 13.0 s with 83 MB; `jax.checkpoint` around every step of a
+scan takes 13.2 s and 82 MB. `KeepLinearisations` with 4 to 19 MB: 17.3 to 17.9 s.
 """
 
 
@@ -28,12 +28,13 @@ class AbstractKeep(eqx.Module):
     what: ClassVar[str]
     """What is kept, in one word."""
 
-    bytes: eqx.AbstractVar[int]
-    """All steps of a given grid are kept if they take no more bytes than this."""
+    @abc.abstractmethod
+    def budget(self, *, in_lanes: bool) -> int:
+        """All steps of a given grid are kept if they take no more bytes than this."""
 
+    @abc.abstractmethod
     def segment(self, steps: int, bytes_of_step: int) -> int:
         """The number of steps that are kept at a time, where that of a segment would be `steps`."""
-        return max(1, min(steps, self.bytes // bytes_of_step))
 
     @abc.abstractmethod
     def of(self, problem: Problem, solver: AbstractSolver, step: Step, *, interpolated: bool) -> Any:
@@ -55,12 +56,16 @@ class KeepStates(AbstractKeep):
     pullbacks as the step has stages.
 
     - `bytes`: the states of all steps of a given grid are kept if they take no more bytes than this (in every lane of a
-      `vmap`), so that no step is taken again; else those of one segment, and checkpoints.
+      `vmap`), so that no step is taken again; else those of one segment, and checkpoints. By default 128 MiB, and 16 MiB in
+      every lane where a `vmap` is seen: one outside of a `jit` around `solve` is not.
     """
 
     what: ClassVar[str] = "states"
 
-    bytes: int = eqx.field(static=True, default=DEFAULT_BUDGET)
+    bytes: int | None = eqx.field(static=True, default=None)
+
+    def budget(self, *, in_lanes: bool) -> int:
+        return (BUDGET_OF_LANE if in_lanes else BUDGET) if self.bytes is None else self.bytes
 
     def segment(self, steps: int, bytes_of_step: int) -> int:
         del bytes_of_step
@@ -82,6 +87,13 @@ class AbstractRungeKuttaKeep(AbstractKeep):
     """Keeps what explicit Runge-Kutta methods compute on the way: as many steps at a time as fit in so many bytes."""
 
     bytes: int = eqx.field(static=True, default=2**26)
+
+    def budget(self, *, in_lanes: bool) -> int:
+        del in_lanes
+        return self.bytes
+
+    def segment(self, steps: int, bytes_of_step: int) -> int:
+        return max(1, min(steps, self.bytes // bytes_of_step))
 
     def runge_kutta(self, solver: AbstractSolver) -> ExplicitRungeKutta:
         """The solver. Raises `TypeError` for one of another kind."""
@@ -205,7 +217,7 @@ def suitable_keep(problem: Problem, solver: AbstractSolver, grid_steps: int | No
     """
     if grid_steps is None or not isinstance(solver, ExplicitRungeKutta):
         return KeepStates()
-    keep = KeepLinearisations(DEFAULT_BUDGET)
+    keep = KeepLinearisations(BUDGET_OF_LANE)
     of_step = bytes_kept(keep, problem, solver, interpolated=interpolated)
     pays = of_step <= tree.size_in_bytes(problem.parameters) and grid_steps * of_step <= keep.bytes
     return keep if pays else KeepStates()

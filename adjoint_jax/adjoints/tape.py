@@ -2,8 +2,9 @@
 
 What is needed to transpose a step (its state, or more) is kept for the steps of one segment; and marks, the states of the
 forward loop, at checkpoints: the starts of some segments. The steps behind a checkpoint are taken again when their turn
-comes. Where the times of all steps are kept, or given, nothing else is needed for that. In lanes of few numbers each, times are more than all the rest: they are kept of one segment alone, and earlier steps are
-chosen again just as they were chosen, so that nothing that is kept is as long as the largest number of steps.
+comes. Where the times of all steps are kept, or given, nothing else is needed for that. In lanes of few numbers each, times
+are more than all the rest: they are kept of one segment alone, and earlier steps are chosen again just as they were chosen,
+so that nothing that is kept is as long as the largest number of steps.
 Where there are fewer checkpoints than segments, `revolve` tells where they stand.
 """
 
@@ -25,7 +26,7 @@ from adjoint_jax.adjoints.memory import Kept, Memory
 from adjoint_jax.adjoints.revolve import division, places, repetitions, reversible_segments
 from adjoint_jax.adjoints.trail import AbstractTrail, Carry, Segment, Walked, Way, standing_still
 from adjoint_jax.integrate import Integrator, Mark, Recording, Stretch, chunk_length, round_up
-from adjoint_jax.lanes import max_lane
+from adjoint_jax.lanes import are_lanes, max_lane
 from adjoint_jax.problem import Problem
 from adjoint_jax.recorders import AbstractRecorder, Layout, Place
 from adjoint_jax.solvers.solver import AbstractSolver, Step
@@ -267,7 +268,7 @@ class TapeRecorder(StepRecorder):
         timed = self.grid is not None or not problem.is_in_lanes
         sizes = TapeLayout(layout.slots, segment, chunk, checkpoints, segments, best, timed, self.interpolated)
         kept, mark = shapes_kept(self.keep, problem, self.solver, interpolated=self.interpolated), sizes.marked(mark)
-        length = (segments * segment + chunk if timed else round_up(segment, chunk)) + 1
+        length = (segments - 1) * segment * timed + round_up(segment, chunk) + 1
         return Tape(
             times=self._times(problem, length),
             recent=tree.buffer(round_up(segment, chunk), kept),
@@ -330,7 +331,7 @@ def tape_recorder(
     length = root = math.isqrt(slots)
     if grid is None:
         length = max(root, LANE_SEGMENT_BYTES // kept_bytes)
-    elif whole and checkpoints is None and slots * kept_bytes <= keep.bytes:
+    elif whole and checkpoints is None and slots * kept_bytes <= keep.budget(in_lanes=are_lanes(inputs)):
         length = slots
     if checkpoints is not None:
         length = min(length, math.ceil(slots / checkpoints))
