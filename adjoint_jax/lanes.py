@@ -61,18 +61,31 @@ def apart(values: PyTree[Any]) -> PyTree[Any]:
     return jax.tree.unflatten(structure, _apart(leaves))
 
 
-@jax.custom_batching.custom_vmap
+@jax.custom_jvp
 def _apart(leaves: list[Any]) -> list[Any]:
+    return _with_own_values(leaves)
+
+
+@_apart.defjvp
+def _apart_tangents(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[list[Any], list[Any]]:
+    """By themselves: lanes may differ in tangents alone. Integers have none."""
+    (leaves,), (dots,) = primals, tangents
+    moving = iter(_apart([dot for dot in dots if dot.dtype != jax.dtypes.float0]))
+    return _apart(leaves), [dot if dot.dtype == jax.dtypes.float0 else next(moving) for dot in dots]
+
+
+@jax.custom_batching.custom_vmap
+def _with_own_values(leaves: list[Any]) -> list[Any]:
     return leaves
 
 
-@_apart.def_vmap
-def _lanes_apart(axis_size: int, in_batched: list[Any], leaves: list[Any]) -> tuple[list[Any], Any]:
+@_with_own_values.def_vmap
+def _own_values(axis_size: int, in_batched: list[Any], leaves: list[Any]) -> tuple[list[Any], Any]:
     lanes = [
         leaf if is_batched else jnp.broadcast_to(leaf, (axis_size, *jnp.shape(leaf)))
         for leaf, is_batched in zip(leaves, in_batched[0], strict=True)
     ]
-    return _apart(lanes), [True] * len(lanes)
+    return lanes, [True] * len(lanes)
 
 
 def are_lanes(values: PyTree[Any]) -> bool:

@@ -10,8 +10,8 @@ import pytest
 
 PACKAGE = pathlib.Path(__file__).parent.parent / "adjoint_jax"
 ROOMS = (
-    "lanes",
     "tree",
+    "lanes",
     "forward_only",
     "hoisting",
     "kernels",
