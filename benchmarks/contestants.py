@@ -66,6 +66,7 @@ BARE_RK4_SQUARE_ROOT = _bare("scan, √N remat", "rk4_square_root")
 BARE_TSIT5 = _bare("scan", "tsit5_plain")
 BARE_TSIT5_REMAT = _bare("scan, remat", "tsit5_remat")
 BARE_LANES = _bare("loop over lanes", "lanes")
+BARE_ADJOINT = _Entrants("jax", Role.BARE, "bare", "bare_adjoint")("loops, transposed steps", "adaptive")
 
 IMPORTED = (
     Contestant("adjoint_jax", "adjoint_jax", Role.OURS, "adjoint_jax"),
