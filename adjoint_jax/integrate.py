@@ -229,6 +229,7 @@ class _SteppingLoop(NamedTuple):
         return progress.walk.mark, progress.records
 
     def _apart(self, values: PyTree[Any]) -> PyTree[Any]:
+        """The same with values of their own in all lanes, as they will have; but times of constant steps may be shared."""
         return apart(values) if self.controller.adapts else values
 
     def _layout(self, blank: tuple[Any, ...]) -> Layout:

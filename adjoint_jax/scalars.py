@@ -151,10 +151,10 @@ def _outputs(equation: Any, operands: list[Grid]) -> list[Grid]:
     if name in CALLS:
         closed = parameters["jaxpr"]
         return _evaluated(closed.jaxpr, [*map(_grid, closed.consts), *operands])
-    if name not in IN_NUMPY and not tree.is_traced(*(entry for operand in operands for entry in operand.flat)):
-        return [_grid(value) for value in _at_once(equation, *map(_array, operands))]
     if name in IN_NUMPY:
         return [IN_NUMPY[name](operands[0], parameters)]
+    if not tree.is_traced(*(entry for operand in operands for entry in operand.flat)):
+        return [_grid(value) for value in _at_once(equation, *map(_array, operands))]
     if name in MOVES:
         positions = _array(_grid(np.arange(operands[0].size).reshape(operands[0].shape)))
         chosen = _at_once(equation, positions, *map(_array, operands[1:]))[0]

@@ -59,9 +59,11 @@ def memory_plan(
         print(aj.diagnostics.memory_plan(field, 0.0, 1.0, y0, args, adjoint=aj.DiscreteAdjoint(checkpoints=8)))
 
     Arguments and options are those of `solve`; for arrays, `jax.ShapeDtypeStruct` will do. Nothing is computed: all numbers
-    follow from shapes and from the largest number of steps, so that adaptive solves may use less of what is reserved. A
-    lane of a `vmap` takes as much each. Not counted are the solution itself, its gradient, and what one step or one vjp
-    needs for itself: nor, as steps that are taken again, the evaluations of a transposed step, or of an interpolant.
+    follow from shapes and from the largest number of steps, so that adaptive solves may use less of what is reserved. The
+    plan is that of a solve by itself. A lane of a `vmap` takes as much each, or less: where the `vmap` is seen, all states
+    of a given grid are kept in 16 MiB at most, and small systems keep the times of one segment. Not counted are the
+    solution itself, its gradient, and what one step or one vjp needs for itself: nor, as steps that are taken again, the
+    evaluations of a transposed step, or of an interpolant.
 
     Raises `TypeError` for an adjoint that is none, and what `solve` raises for its arguments.
     """
