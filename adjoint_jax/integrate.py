@@ -13,8 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from adjoint_jax import tree
 from adjoint_jax.controllers.controller import AbstractController, AbstractStepSize
-from adjoint_jax.kernels import in_one_kernel
-from adjoint_jax.lanes import any_lane, apart
+from adjoint_jax.lanes import any_lane, apart, put, slots_first
 from adjoint_jax.linear.mass import is_consistent
 from adjoint_jax.problem import Problem
 from adjoint_jax.recorders import AbstractRecorder, Layout, Place
@@ -87,9 +86,7 @@ class Integrator(eqx.Module):
 
     def __call__(self, problem: Problem, recorders: Sequence[AbstractRecorder], valid: Bool[Array, ""]) -> Outcome:
         """Integrate from t0 to t1. If not `valid`, report `Status.INVALID_TIMES` instead of taking any step."""
-        if problem.is_small:
-            return in_one_kernel(self._run, problem, tuple(recorders), valid)
-        return self._run(problem, recorders, valid)
+        return problem.compute(self._run, problem, tuple(recorders), valid)
 
     def _run(self, problem: Problem, recorders: Sequence[AbstractRecorder], valid: Bool[Array, ""]) -> Outcome:
         return self._loop(problem, recorders).run(valid)
@@ -283,7 +280,7 @@ class _SteppingLoop(NamedTuple):
         def attempt(chunk: _Chunk) -> _Chunk:
             walk, step, accepted = self._attempt(chunk.walk)
             step, extra = self._dense(step, accepted)
-            notes = tree.put(chunk.notes, chunk.filled, self._notes(step, accepted))
+            notes = slots_first(put(chunk.notes, chunk.filled, self._notes(step, accepted)))
             going, written = any_lane(jnp.stack([self._running(walk), accepted]))
             return _Chunk(walk._replace(extra=walk.extra + extra), going, notes, chunk.filled + written)
 

@@ -13,9 +13,10 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Bool, Int, PyTree
 
-from adjoint_jax.tree import is_traced
+from adjoint_jax.tree import Arrays, is_traced
 
 
 def _over_lanes(reduce: Callable[..., Array]) -> Callable[[Array], Array]:
@@ -57,21 +58,31 @@ def apart(values: PyTree[Any]) -> PyTree[Any]:
 
     JAX finds by repetition which values of a loop differ between lanes: those that it starts with, then those that these
     make differ, and so on, with all loops within every time. Where all do from the start, once is enough."""
+    return _unchanged(_with_own_values, values)
+
+
+def slots_first(buffers: PyTree[Any]) -> PyTree[Any]:
+    """The same buffers. Under `vmap`, which makes lanes the first axis, what all lanes hold in one slot still lies together
+    in the memory of a CPU, so that a slot is written and read as a whole."""
+    return _unchanged(_laid_out, buffers)
+
+
+def _unchanged(with_rule: Callable[[list[Any]], list[Any]], values: PyTree[Any]) -> PyTree[Any]:
+    """The same values, to which a rule for lanes applies. To their tangents it applies by themselves: lanes may differ in
+    tangents alone. Integers have none."""
+
+    @jax.custom_jvp
+    def same(leaves: list[Any]) -> list[Any]:
+        return with_rule(leaves)
+
+    @same.defjvp
+    def tangents(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[list[Any], list[Any]]:
+        (leaves,), (dots,) = primals, tangents
+        moving = iter(same([dot for dot in dots if dot.dtype != jax.dtypes.float0]))
+        return same(leaves), [dot if dot.dtype == jax.dtypes.float0 else next(moving) for dot in dots]
+
     leaves, structure = jax.tree.flatten(values)
-    return jax.tree.unflatten(structure, _apart(leaves))
-
-
-@jax.custom_jvp
-def _apart(leaves: list[Any]) -> list[Any]:
-    return _with_own_values(leaves)
-
-
-@_apart.defjvp
-def _apart_tangents(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[list[Any], list[Any]]:
-    """By themselves: lanes may differ in tangents alone. Integers have none."""
-    (leaves,), (dots,) = primals, tangents
-    moving = iter(_apart([dot for dot in dots if dot.dtype != jax.dtypes.float0]))
-    return _apart(leaves), [dot if dot.dtype == jax.dtypes.float0 else next(moving) for dot in dots]
+    return jax.tree.unflatten(structure, same(leaves))
 
 
 @jax.custom_batching.custom_vmap
@@ -86,6 +97,86 @@ def _own_values(axis_size: int, in_batched: list[Any], leaves: list[Any]) -> tup
         for leaf, is_batched in zip(leaves, in_batched[0], strict=True)
     ]
     return lanes, [True] * len(lanes)
+
+
+def put(rows: Arrays, index: Int[Array, ""], row: Arrays) -> Arrays:
+    """`rows` with `rows[index] = row`."""
+    return put_block(rows, index, jax.tree.map(lambda leaf: leaf[None], row))
+
+
+def put_block(rows: Arrays, index: Int[Array, ""], block: Arrays) -> Arrays:
+    """`rows` with `rows[index : index + len(block)] = block`.
+
+    Under `vmap` an index that all lanes share stays one, and this a slice update. JAX would make it a scatter, which reads
+    what it writes to and looks where that lies."""
+    leaves, structure = jax.tree.flatten(rows)
+    return jax.tree.unflatten(structure, _put_block(leaves, index, jax.tree.leaves(block)))
+
+
+@jax.custom_jvp
+def _put_block(rows: list[Any], index: Array, block: list[Any]) -> list[Any]:
+    return _put_in_lanes(rows, index, block)
+
+
+@_put_block.defjvp
+def _put_tangents(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[list[Any], list[Any]]:
+    """In the usual way, which has a transpose."""
+    (rows, index, block), (rows_dot, _, block_dot) = primals, tangents
+    pairs = list(zip(rows_dot, block_dot, strict=True))
+    moving = [pair for pair in pairs if pair[0].dtype != jax.dtypes.float0]
+    moved = iter(_updated([dot for dot, _ in moving], index, [of_block for _, of_block in moving]))
+    return _put_block(rows, index, block), [dot if dot.dtype == jax.dtypes.float0 else next(moved) for dot in rows_dot]
+
+
+def _updated(rows: list[Any], index: Array, block: list[Any]) -> list[Any]:
+    return [jax.lax.dynamic_update_slice_in_dim(leaf, part, index, 0) for leaf, part in zip(rows, block, strict=True)]
+
+
+_put_in_lanes = jax.custom_batching.custom_vmap(_updated)
+
+
+@_put_in_lanes.def_vmap
+def _slices_put(
+    axis_size: int, in_batched: list[Any], rows: list[Any], index: Array, block: list[Any]
+) -> tuple[list[Any], list[bool]]:
+    rows_batched, index_batched, block_batched = in_batched
+    if index_batched:
+        axes = tuple(jax.tree.map(lambda batched: 0 if batched else None, in_batched))
+        return jax.vmap(_updated, axes, axis_size=axis_size)(rows, index, block), [True] * len(rows)
+
+    def in_lanes(leaf: Any, is_batched: bool) -> Any:
+        return leaf if is_batched else jnp.broadcast_to(leaf, (axis_size, *leaf.shape))
+
+    def put_leaf(leaf: Any, part: Any, leaf_batched: bool, part_batched: bool) -> Any:
+        if not (leaf_batched or part_batched):
+            return jax.lax.dynamic_update_slice_in_dim(leaf, part, index, 0)
+        leaf, part = in_lanes(leaf, leaf_batched), in_lanes(part, part_batched)
+        return jax.lax.dynamic_update_slice_in_dim(leaf, part, index, 1)
+
+    batched = [of_leaf or of_part for of_leaf, of_part in zip(rows_batched, block_batched, strict=True)]
+    return [put_leaf(*given) for given in zip(rows, block, rows_batched, block_batched, strict=True)], batched
+
+
+@jax.custom_batching.custom_vmap
+def _laid_out(leaves: list[Any]) -> list[Any]:
+    return leaves
+
+
+@_laid_out.def_vmap
+def _laid_out_in_lanes(axis_size: int, in_batched: list[Any], leaves: list[Any]) -> tuple[list[Any], Any]:
+    del axis_size
+
+    def laid_out(leaf: Any, is_batched: bool) -> Any:
+        if not (is_batched and leaf.ndim > 1 and is_traced(leaf) and on_one_cpu()):
+            return leaf
+        return with_layout_constraint(leaf, Layout((1, 0, *range(2, leaf.ndim))))
+
+    return [laid_out(*pair) for pair in zip(leaves, in_batched[0], strict=True)], in_batched[0]
+
+
+def on_one_cpu() -> bool:
+    """Whether a single CPU is all that JAX has to compute with."""
+    return jax.default_backend() == "cpu" and jax.device_count() == 1
 
 
 def are_lanes(values: PyTree[Any]) -> bool:
@@ -159,16 +250,3 @@ def _flat_in_lanes(of_one: Callable[..., list[Any]], of_lanes: Callable[..., lis
 def _tangents(function: Callable[..., list[Any]], primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> list[Any]:
     """By themselves: lanes may differ in tangents alone, as in `jax.jacfwd`."""
     return jax.jvp(function, primals, tangents)[1]
-
-
-def once_for_lanes(wanted: Bool[Array, ""], values: PyTree[Array]) -> PyTree[Array]:
-    """The values, if they are wanted in any lane. With lanes, they are computed once and stored, however many operations
-    use them: XLA's fusion would compute them anew in each of these."""
-    return _once_for_lanes(any_lane(wanted), values)
-
-
-def _stored(wanted: Bool[Array, ""], values: PyTree[Array]) -> PyTree[Array]:
-    return jax.lax.cond(wanted, lambda: values, lambda: jax.tree.map(jnp.zeros_like, values))
-
-
-_once_for_lanes = in_lanes(lambda wanted, values: values, _stored)

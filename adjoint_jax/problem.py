@@ -1,6 +1,7 @@
 """The initial value problem: everything that receives a gradient."""
 
 import dataclasses
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ from jaxtyping import Array, DTypeLike, Float, PyTree
 
 from adjoint_jax import tree
 from adjoint_jax.hoisting import Hoisted, hoisted, multiplies_matrices
+from adjoint_jax.kernels import in_blocks, in_one_kernel
 from adjoint_jax.scalars import ScalarProgram
 from adjoint_jax.stacks import with_selections
 from adjoint_jax.tree import Arrays, Scalar
@@ -134,6 +136,14 @@ class Problem(eqx.Module):
     def is_small(self) -> bool:
         """Whether it is of so few numbers that starting operations takes longer than the operations do."""
         return sum(leaf.size for leaf in jax.tree.leaves(self.y0)) <= MOST_NUMBERS and not self.multiplies_matrices
+
+    def compute(self, function: Callable[..., Any], *operands: Any) -> Any:
+        """`function(*operands)`, a loop over steps of this problem, in the way that suits its size."""
+        if not self.is_small:
+            return function(*operands)
+        if not self.is_in_lanes:
+            return in_one_kernel(function, *operands)
+        return in_blocks(functools.partial(in_one_kernel, function), *operands)
 
     @property
     def scalars_per_array(self) -> int:

@@ -19,7 +19,8 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from adjoint_jax import tree
 from adjoint_jax.interpolation import Interpolant
-from adjoint_jax.lanes import max_lane, min_lane, once_for_lanes
+from adjoint_jax.kernels import stored
+from adjoint_jax.lanes import max_lane, min_lane, put_block
 from adjoint_jax.problem import Problem
 from adjoint_jax.quadrature import Nodes
 from adjoint_jax.saveat import Rows
@@ -93,8 +94,8 @@ class AbstractRecorder(eqx.Module):
 
 
 class InterpolantNote(NamedTuple):
-    """An interpolant with its coefficients in parts, so that arrays of many of them are small; or many, along a leading
-    axis."""
+    """An interpolant with the coefficients of each power apart, so that arrays of many of them are small; or many, along a
+    leading axis."""
 
     start: Scalar | Float[Array, " steps"]
     end: Scalar | Float[Array, " steps"]
@@ -102,18 +103,13 @@ class InterpolantNote(NamedTuple):
     coefficients: list[Arrays]
 
     @staticmethod
-    def of(interpolant: Interpolant) -> "InterpolantNote":
-        """Powers apart, unless the state is scalars."""
+    def of(interpolant: Interpolant, degree: int) -> "InterpolantNote":
         start, end, y0, coefficients = interpolant
-        return InterpolantNote(start, end, y0, [coefficients] if _is_scalars(y0) else tree.parts(coefficients))
+        return InterpolantNote(start, end, y0, tree.unstack(coefficients, degree))
 
     def interpolant(self) -> Interpolant:
         """The one, not many."""
-        return Interpolant(self.start, self.end, self.y0, tree.joined(self.coefficients))
-
-
-def _is_scalars(y: Arrays) -> bool:
-    return all(leaf.ndim == 0 for leaf in jax.tree.leaves(y))
+        return Interpolant(self.start, self.end, self.y0, tree.stack(self.coefficients))
 
 
 class Window(NamedTuple):
@@ -155,14 +151,15 @@ class RowRecorder(AbstractRecorder):
             is_t0 = (self.rows.ts == problem.t0).reshape(-1, *[1] * value.ndim)
             return jnp.where(is_t0, value, jnp.asarray(unknown, value.dtype))
 
-        recent = jax.vmap(InterpolantNote.of)(_empty_interpolants(problem, self.solver, layout.segment))
+        empty = _empty_interpolants(problem, self.solver, layout.segment)
+        recent = jax.vmap(lambda one: InterpolantNote.of(one, self.solver.dense_degree))(empty)
         return Window(recent, tree.map(initial, at_t0), jnp.sum(self.rows.ts == problem.t0, dtype=jnp.int32))
 
     def note(self, step: Step, accepted: Bool[Array, ""]) -> InterpolantNote:
         return _noted(self.solver, step, accepted)
 
     def write(self, record: Window, place: Place, notes: InterpolantNote) -> Window:
-        return record._replace(recent=tree.put_block(record.recent, place.position, notes))
+        return record._replace(recent=put_block(record.recent, place.position, notes))
 
     def wants_dense(self, start: Scalar, end: Scalar) -> Bool[Array, ""]:
         return jnp.any((self.rows.ts - start) * (self.rows.ts - end) <= 0)
@@ -186,8 +183,7 @@ class RowRecorder(AbstractRecorder):
             new = jax.vmap(self._row)(jnp.where(wanted, times, interpolants.start), interpolants)
             old = tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, index, block), rows)
             new = jax.vmap(tree.where)(wanted, new, old)
-            rows = tree.map(lambda leaf, part: jax.lax.dynamic_update_slice_in_dim(leaf, part, index, 0), rows, new)
-            return begin + block, rows
+            return begin + block, put_block(rows, index, new)
 
         start, last = (min_lane(record.saved), record.rows), max_lane(saved)
         rows = jax.lax.while_loop(lambda carry: carry[0] < last, save_block, start)[1]
@@ -219,7 +215,7 @@ class StateRecorder(AbstractRecorder):
         return States(step.interval.end, self.solver.output(step.after), accepted)
 
     def write(self, record: States, place: Place, notes: States) -> States:
-        return tree.put_block(record, place.slot, notes)
+        return put_block(record, place.slot, notes)
 
 
 class DenseRecorder(AbstractRecorder):
@@ -239,7 +235,7 @@ class DenseRecorder(AbstractRecorder):
         return _noted(self.solver, step, accepted)
 
     def write(self, record: Interpolant, place: Place, notes: InterpolantNote) -> Interpolant:
-        return tree.put_block(record, place.slot, jax.vmap(InterpolantNote.interpolant)(notes))
+        return put_block(record, place.slot, jax.vmap(InterpolantNote.interpolant)(notes))
 
 
 class QuadratureRecorder(AbstractRecorder):
@@ -282,8 +278,13 @@ class QuadratureRecorder(AbstractRecorder):
 
 def _noted(solver: AbstractSolver, step: Step, accepted: Bool[Array, ""]) -> InterpolantNote:
     """The step's interpolant, of no length if the step was not accepted."""
-    interpolant = solver.interpolant(step._replace(stages=once_for_lanes(accepted, step.stages)))
-    return InterpolantNote.of(interpolant._replace(end=jnp.where(accepted, interpolant.end, interpolant.start)))
+
+    def noted(step: Step, accepted: Bool[Array, ""]) -> InterpolantNote:
+        interpolant = solver.interpolant(step)
+        interpolant = interpolant._replace(end=jnp.where(accepted, interpolant.end, interpolant.start))
+        return InterpolantNote.of(interpolant, solver.dense_degree)
+
+    return stored(noted, step, accepted)
 
 
 def _empty_interpolants(problem: Problem, solver: AbstractSolver, count: int) -> Interpolant:

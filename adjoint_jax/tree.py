@@ -77,16 +77,6 @@ def buffer(length: int, like: Shapes, fill: float = 0.0) -> Arrays:
     return map(lambda leaf: jnp.full((length, *leaf.shape), fill, leaf.dtype), like)
 
 
-def put(rows: Arrays, index: Int[Array, ""], row: Arrays) -> Arrays:
-    """`rows` with `rows[index] = row`."""
-    return map(lambda many, one: jax.lax.dynamic_update_index_in_dim(many, one, index, 0), rows, row)
-
-
-def put_block(rows: Arrays, index: Int[Array, ""], block: Arrays) -> Arrays:
-    """`rows` with `rows[index : index + len(block)] = block`."""
-    return map(lambda many, few: jax.lax.dynamic_update_slice_in_dim(many, few, index, 0), rows, block)
-
-
 def take_block(rows: Arrays, index: Int[Array, ""], length: int) -> Arrays:
     """`rows[index : index + length]`, the index clamped so that the block lies inside."""
     return map(lambda many: jax.lax.dynamic_slice_in_dim(many, index, length, 0), rows)
@@ -105,17 +95,6 @@ def stack(trees: Sequence[Arrays]) -> Arrays:
 def unstack(stacked: Arrays, count: int) -> list[Arrays]:
     """The `count` trees along the leading axis."""
     return [map(lambda leaf, i=i: leaf[i], stacked) for i in range(count)]
-
-
-def parts(stacked: Arrays) -> list[Arrays]:
-    """One part for each index of the leading axis, which all leaves share, with a leading axis of one."""
-    count = min((leaf.shape[0] for leaf in jax.tree.leaves(stacked)), default=0)
-    return [map(lambda leaf, i=i: leaf[i : i + 1], stacked) for i in range(count)]
-
-
-def joined(several: Sequence[Arrays]) -> Arrays:
-    """Parts joined along their leading axes."""
-    return map(lambda *leaves: jnp.concatenate(leaves), *several)
 
 
 def pairing(cotangent: Arrays, tangent: Arrays) -> Inexact[Array, ""]:

@@ -7,7 +7,8 @@ import pytest
 from problems import lotka_volterra
 
 import adjoint_jax as aj
-from adjoint_jax.lanes import apart, are_lanes
+from adjoint_jax import kernels
+from adjoint_jax.lanes import apart, are_lanes, put, put_block, slots_first
 
 X = jnp.arange(1.0, 4.0)
 
@@ -80,3 +81,56 @@ def test_lanes_that_are_not_seen_have_the_same_gradients():
     for name in lanes:
         np.testing.assert_allclose(seen[name], not_seen[name], rtol=1e-12)
         np.testing.assert_allclose(seen[name][1], one[name], rtol=1e-9)
+
+
+def test_writing_at_an_index_that_lanes_share_is_no_scatter():
+    def filled(x):
+        rows = jnp.zeros((5, 2)), jnp.zeros(5, jnp.int32)
+        return jax.lax.fori_loop(0, 5, lambda i, r: slots_first(put(r, i, (i * x, i.astype(jnp.int32)))), rows)
+
+    xs = jnp.stack([X[:2], X[1:]])
+    assert "scatter" not in jax.jit(jax.vmap(filled)).lower(xs).as_text()
+    for lanes in (jax.vmap(filled), jax.jit(jax.vmap(filled))):
+        values, counts = lanes(xs)
+        np.testing.assert_array_equal(values, xs[:, None] * np.arange(5.0)[None, :, None])
+        np.testing.assert_array_equal(counts, [np.arange(5)] * 2)
+    slopes = jax.vmap(jax.jacfwd(lambda x: filled(x)[0]))(xs)
+    np.testing.assert_array_equal(slopes, np.stack([np.arange(5.0)[:, None, None] * np.eye(2)] * 2))
+
+
+def test_writing_at_an_index_of_each_lane():
+    rows = jax.vmap(lambda i, x: put(jnp.zeros(3), i, x))(jnp.arange(3), X)
+    np.testing.assert_array_equal(rows, np.diag(X))
+    shared = jax.vmap(lambda i: put_block(jnp.zeros(3), i, jnp.ones(2)))(jnp.arange(2))
+    np.testing.assert_array_equal(shared, [[1, 1, 0], [0, 1, 1]])
+
+
+def test_a_slot_of_all_lanes_lies_together():
+    compiled = jax.jit(jax.vmap(lambda x: slots_first(put(jnp.zeros(7), jnp.int32(2), x)) + 1)).lower(X).compile()
+    assert "f64[3,7]{0,1}" in compiled.as_text()
+
+
+def saved(rates, weights, t1=40.0):
+    """A sum over 30 save times within some 700 steps, of which each lane rejects others."""
+    ts = jnp.linspace(0.0, t1, 30)
+    options = {"controller": aj.PIDController(1e-9, 1e-9), "saveat": aj.SaveAt(ts), "throw": False}
+    return jnp.sum(weights * aj.solve(lotka_volterra, 0.0, t1, jnp.array([2.0, 0.5]), rates, **options).ys ** 2)
+
+
+@pytest.mark.parametrize("number", [4, 5, 11])
+def test_lanes_in_blocks(number, monkeypatch):
+    """Of at most four, the last filled up. Every block goes its own way, and its gradient after it; in forward mode too,
+    where one of both may have tangents alone."""
+    monkeypatch.setattr(kernels, "LANES_TOGETHER", 4)
+    scales = jnp.linspace(0.6, 1.7, number)
+    lanes, weights = dict.fromkeys("abcd", scales), jnp.linspace(0.5, 1.5, 60).reshape(30, 2)
+    gradient = jax.grad(saved)
+
+    def along_weights(rates):
+        return jax.jvp(lambda w: gradient(rates, w), (weights,), (jnp.cos(weights),))
+
+    expected = jax.jit(lambda lanes: jax.lax.map(lambda rates: gradient(rates, weights), lanes))(lanes)
+    moved = jax.jit(lambda lanes: jax.lax.map(lambda rates: gradient(rates, jnp.cos(weights)), lanes))(lanes)
+    for ours, theirs in zip(jax.jit(jax.vmap(along_weights))(lanes), (expected, moved), strict=True):
+        for name in lanes:
+            np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-6)

@@ -95,10 +95,10 @@ def test_no_state_is_gathered(report):
 
 
 def test_a_step_is_one_reduction(report):
-    """Of the error's norm where all have one step size; of whether any lane goes on, and any has accepted its step (for the
-    loop, and for what is noted), where each has its own."""
+    """Of the error's norm where all have one step size; of whether any lane goes on, and any has accepted its step, where
+    each has its own."""
     assert report["adaptive"]["step"] == [["all-reduce", 1]]
-    assert report["lanes"]["step"] == [["all-reduce", 3]]
+    assert report["lanes"]["step"] == [["all-reduce", 2]]
 
 
 def test_steps_of_given_grids_and_of_lanes_kept_apart_need_none(report):

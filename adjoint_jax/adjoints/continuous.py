@@ -41,7 +41,7 @@ from adjoint_jax.adjoints.trail import Way
 from adjoint_jax.errors import raise_on_reverse_failure
 from adjoint_jax.forward_only import gradient_once
 from adjoint_jax.integrate import Report
-from adjoint_jax.lanes import max_lane
+from adjoint_jax.lanes import max_lane, put
 from adjoint_jax.problem import Parameters, Problem
 from adjoint_jax.saveat import Requests, Rows
 from adjoint_jax.solution import Status
@@ -257,7 +257,7 @@ def _dense_source(way: Way, saved: Saved, cotangent: Saved) -> tuple[Observation
         gradient = tree.add(gradient, more)
         taken = start != end
         gradient = tree.where(taken, gradient, tree.zeros_like(gradient))
-        return tree.put(cotangents, slot, tree.where(taken, a, g)), tree.add(parameters, gradient)
+        return put(cotangents, slot, tree.where(taken, a, g)), tree.add(parameters, gradient)
 
     initial = y0_cotangents, tree.zeros_like(problem.parameters)
     cotangents, parameters = jax.lax.fori_loop(0, max_lane(way.report.slots), transposed, initial)

@@ -38,7 +38,6 @@ from adjoint_jax.adjoints.trail import AbstractTrail, Segment, Walked, Way
 from adjoint_jax.errors import raise_on_reverse_failure
 from adjoint_jax.forward_only import gradient_once
 from adjoint_jax.integrate import Integrator, Report
-from adjoint_jax.kernels import in_one_kernel
 from adjoint_jax.problem import Parameters, Problem
 from adjoint_jax.recorders import AbstractRecorder, RowRecorder
 from adjoint_jax.saveat import Requests, Rows
@@ -108,7 +107,8 @@ def backward(
     integrator, requests, solver = run.integrator, inputs.requests, run.integrator.solver
     problem = inputs.problem.without_cost() if is_zero(cotangent[0].cost) else inputs.problem
     sweep = _Sweep(Way(problem, integrator, residuals.report, residuals.last), requests, residuals.trail, cotangent[0])
-    swept, drift = in_one_kernel(sweep.run) if problem.is_small else sweep.run()
+    swept, drift = problem.compute(sweep.run)
+    swept = sweep.observed_at_t0(swept)
     if drift is not None:
         lost = sweep.asked & ~(drift <= adjoint.drift_limit(problem))
         swept = unknown_if(lost, swept)
@@ -204,14 +204,13 @@ class _Sweep:
         return tree.map(lambda leaf: jnp.pad(leaf, [(0, padding), *[(0, 0)] * (leaf.ndim - 1)]), given)
 
     def run(self) -> Walked:
-        """From t1 to t0."""
+        """All steps, from t1 to t0."""
         swept = _Swept(
             self.solver.from_output(self.way.last, self.y1_cotangent),
             unknown_if(self.blamed, tree.zeros_like(self.problem.parameters)),
             tuple(Pulled.nothing(rows, self.way) for rows in self.requests.rows),
         )
-        swept, drift = self.trail.walk_back(self.way, self._reverse_segment, swept)
-        return Walked(self._observed_at_t0(swept), drift)
+        return self.trail.walk_back(self.way, self._reverse_segment, swept)
 
     def _reverse_segment(self, segment: Segment, swept: _Swept) -> _Swept:
         chunk = self.trail.chunk
@@ -285,8 +284,8 @@ class _Sweep:
             rows.append(pulled)
         return tuple(rows), observed
 
-    def _observed_at_t0(self, swept: _Swept) -> _Swept:
-        """Rows saved at t0 itself, which lie in no step."""
+    def observed_at_t0(self, swept: _Swept) -> _Swept:
+        """With what the loss says of rows saved at t0 itself, which lie in no step."""
         problem, a, pulled_rows = self.problem, tree.zeros_like(self.problem.y0), []
         for rows, g, pulled in zip(self.requests.rows, self.row_cotangents, swept.rows, strict=True):
             if g is not None:

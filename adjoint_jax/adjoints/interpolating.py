@@ -31,7 +31,7 @@ from adjoint_jax.adjoints.trail import AbstractTrail, Segment, Way
 from adjoint_jax.controllers.controller import AbstractController
 from adjoint_jax.integrate import Integrator
 from adjoint_jax.interpolation import Interpolant
-from adjoint_jax.lanes import any_lane
+from adjoint_jax.lanes import any_lane, put_block
 from adjoint_jax.linear.jacobian import AbstractJacobian
 from adjoint_jax.problem import Problem
 from adjoint_jax.recorders import AbstractRecorder
@@ -164,7 +164,7 @@ def _interpolants(way: Way, trail: AbstractTrail, segment: Segment) -> Interpola
         starts = tree.take_block(segment.times, first, chunk)
         ends = tree.take_block(segment.times, first + 1, chunk)
         block = jax.vmap(interpolant)((starts, ends, tree.take_block(segment.kept, first, chunk)))
-        return tree.put_block(interpolants, first, block)
+        return put_block(interpolants, first, block)
 
     one = jax.eval_shape(interpolant, (problem.t0, problem.t0, integrator.solver.start(problem)))
     chunks = (segment.steps + trail.chunk - 1) // trail.chunk

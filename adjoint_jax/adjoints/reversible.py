@@ -17,7 +17,7 @@ from adjoint_jax.adjoints.memory import Kept, Memory
 from adjoint_jax.adjoints.trail import AbstractTrail, Carry, Segment, Walked, Way, standing_still
 from adjoint_jax.controllers.controller import positive
 from adjoint_jax.integrate import Integrator, chunk_length
-from adjoint_jax.lanes import max_lane
+from adjoint_jax.lanes import max_lane, put, put_block
 from adjoint_jax.problem import Interval, Problem, state_precision
 from adjoint_jax.recorders import AbstractRecorder, Layout, Place
 from adjoint_jax.solvers.reversible import AbstractReversibleSolver
@@ -95,7 +95,7 @@ class Times(AbstractTrail):
                 place = steps - 1 - i
                 interval = way.interval(tree.take(times, begin + place), tree.take(times, begin + place + 1))
                 state = self._before(way, interval, state)
-                return state, tree.put(states, place, state)
+                return state, put(states, place, state)
 
             state, states = jax.lax.fori_loop(0, steps, undo, (state, empty))
             return state, visit(Segment(begin, steps, tree.take_block(times, begin, chunk + 1), states), carry)
@@ -124,4 +124,4 @@ class TimesRecorder(AbstractRecorder):
         return step.interval.end
 
     def write(self, record: Times, place: Place, notes: Float[Array, " steps"]) -> Times:
-        return dataclasses.replace(record, times=tree.put_block(record.times, place.slot + 1, notes))
+        return dataclasses.replace(record, times=put_block(record.times, place.slot + 1, notes))

@@ -26,7 +26,7 @@ from adjoint_jax.adjoints.memory import Kept, Memory
 from adjoint_jax.adjoints.revolve import division, places, repetitions, reversible_segments
 from adjoint_jax.adjoints.trail import AbstractTrail, Carry, Segment, Walked, Way, standing_still
 from adjoint_jax.integrate import Integrator, Mark, Recording, Stretch, chunk_length, round_up
-from adjoint_jax.lanes import are_lanes, max_lane
+from adjoint_jax.lanes import are_lanes, max_lane, put, put_block
 from adjoint_jax.problem import Problem
 from adjoint_jax.recorders import AbstractRecorder, Layout, Place
 from adjoint_jax.solvers.solver import AbstractSolver, Step
@@ -137,7 +137,7 @@ class Tape(AbstractTrail):
             split = start + division(reversible, free, left - start)
             mark = self._advance(way, tree.take(stack.marks, stack.top), start, split)
             top = stack.top + 1
-            return _Stack(top, tree.put(stack.at, top, split), tree.put(stack.marks, top, mark))
+            return _Stack(top, put(stack.at, top, split), put(stack.marks, top, mark))
 
         return jax.lax.while_loop(has_room, push, stack)
 
@@ -233,11 +233,11 @@ class StepRecorder(AbstractRecorder):
 
     def write(self, record: Tape, place: Place, notes: TapeNote) -> Tape:
         position = place.slot % record.layout.segment
-        record = dataclasses.replace(record, recent=tree.put_block(record.recent, position, notes.kept))
+        record = dataclasses.replace(record, recent=put_block(record.recent, position, notes.kept))
         if record.layout.timed:
             return record
         start = jnp.where(position == 0, place.segment_start, record.times[0])
-        times = tree.put_block(tree.put(record.times, jnp.int32(0), start), position + 1, notes.end)
+        times = put_block(put(record.times, jnp.int32(0), start), position + 1, notes.end)
         return dataclasses.replace(record, times=times)
 
 
@@ -287,7 +287,7 @@ class TapeRecorder(StepRecorder):
         record = super().write(record, place, notes)
         if self.grid is not None or not record.layout.timed:
             return record
-        return dataclasses.replace(record, times=tree.put_block(record.times, place.slot + 1, notes.end))
+        return dataclasses.replace(record, times=put_block(record.times, place.slot + 1, notes.end))
 
     def flush(self, record: Tape, place: Place, now: Scalar) -> Tape:
         del now
@@ -297,13 +297,13 @@ class TapeRecorder(StepRecorder):
         index, is_first = last // layout.segment, place.slot - place.position == last // layout.segment * layout.segment
         if layout.checkpoints == layout.segments:
             here = tree.where(is_first, mark, tree.take(record.checkpoints, index))
-            return dataclasses.replace(record, checkpoints=tree.put(record.checkpoints, index, here))
+            return dataclasses.replace(record, checkpoints=put(record.checkpoints, index, here))
         if layout.places is None:
             record = _thinned(record, index)
         at = _last(record.places, index)
         stays = ~is_first | (tree.take(record.places, at) != index)
         here = tree.where(stays, tree.take(record.checkpoints, at), mark)
-        return dataclasses.replace(record, checkpoints=tree.put(record.checkpoints, at, here))
+        return dataclasses.replace(record, checkpoints=put(record.checkpoints, at, here))
 
 
 def _thinned(tape: Tape, index: Int[Array, ""]) -> Tape:

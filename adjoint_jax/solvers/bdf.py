@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float
 
 from adjoint_jax import tree
 from adjoint_jax.interpolation import Interpolant
+from adjoint_jax.lanes import put
 from adjoint_jax.linear.dense import DenseJacobian
 from adjoint_jax.linear.jacobian import AbstractJacobian
 from adjoint_jax.problem import Interval, Problem
@@ -97,7 +98,7 @@ class BDF(AbstractImplicitSolver):
     def start(self, problem: Problem) -> Differences:
         h = jax.lax.stop_gradient(jnp.where(problem.t1 == problem.t0, 1.0, problem.t1 - problem.t0))
         slope = tree.scale(h, problem.field(problem.t0, problem.y0))
-        higher = tree.put(tree.buffer(ROWS - 1, problem.y0), jnp.int32(0), slope)
+        higher = put(tree.buffer(ROWS - 1, problem.y0), jnp.int32(0), slope)
         return Differences(problem.y0, higher, h, jnp.ones_like(h), jnp.zeros_like(h))
 
     def output(self, state: Differences) -> Arrays:

@@ -1,6 +1,7 @@
 """One step of an explicit Runge-Kutta method, and its transpose."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -10,6 +11,8 @@ from jaxtyping import Array, Float
 
 from adjoint_jax import tree
 from adjoint_jax.interpolation import Interpolant
+from adjoint_jax.kernels import stored
+from adjoint_jax.lanes import put
 from adjoint_jax.problem import Interval, Parameters, Problem, Rates
 from adjoint_jax.quadrature import Nodes
 from adjoint_jax.solvers.solver import AbstractSolver, Pullback, Step, StepOutputs, pullback_at, stage_time
@@ -90,8 +93,8 @@ class ExplicitRungeKutta(AbstractSolver):
     def interpolant(self, step: Step) -> Interpolant:
         h = step.interval.end - step.interval.start
         columns = zip(*self.tableau.dense, strict=True)
-        coefficients = tree.stack([tree.weighted_sum(column, step.stages) for column in columns])
-        return Interpolant(step.interval.start, step.interval.end, step.before, tree.scale(h, coefficients))
+        coefficients = tree.stack([tree.scale(h, tree.weighted_sum(column, step.stages)) for column in columns])
+        return Interpolant(step.interval.start, step.interval.end, step.before, coefficients)
 
     def quadrature(self, step: Step) -> Nodes:
         """The stages of non-zero weight, as nodes: the cost is what the method gives for a further state whose derivative
@@ -146,13 +149,14 @@ class ExplicitRungeKutta(AbstractSolver):
         rows, b = tableau.a + tableau.dense_a, tableau.b + (0.0,) * self.extra_stages
         coefficients = cotangent.coefficients
         of_powers = [] if coefficients is None else tree.unstack(coefficients, self.dense_degree)
+        store = stored if all(leaf.ndim == 0 for leaf in jax.tree.leaves(cotangent.after)) else _at_once
         mu: list[Arrays] = []
         gradients = []
         for i in reversed(range(count)):
             weights = (b[i], *(rows[j][i] for j in reversed(range(i + 1, count))))
             dense = tableau.dense[i][: len(of_powers)]
-            kappa = tree.weighted_sum((*weights, *dense), [cotangent.after, *mu, *of_powers])
-            mu_i, gradient = pullbacks[i](Rates(tree.scale(h, kappa), tree.scale(h * b[i], cotangent.cost)))
+            trees, of_cost = [cotangent.after, *mu, *of_powers], tree.scale(h * b[i], cotangent.cost)
+            mu_i, gradient = store(_pulled, store, (*weights, *dense), pullbacks[i], h, trees, of_cost)
             mu.append(mu_i)
             gradients.append(gradient)
         return tree.add(cotangent.after, cotangent.y0, *mu), tree.add(*gradients)
@@ -180,8 +184,8 @@ class ExplicitRungeKutta(AbstractSolver):
 
         def next_state(i: Array, carry: tuple[Arrays, Arrays]) -> tuple[Arrays, Arrays]:
             states, stages = carry
-            stages = tree.put(stages, i, problem.field(times[i], tree.take(states, i)))
-            return tree.put(states, i + 1, tree.add(y, tree.scale(h, tree.contract(a[i + 1], stages)))), stages
+            stages = put(stages, i, problem.field(times[i], tree.take(states, i)))
+            return put(states, i + 1, tree.add(y, tree.scale(h, tree.contract(a[i + 1], stages)))), stages
 
         states = tree.map(lambda leaf: jnp.broadcast_to(leaf, (count, *leaf.shape)), y)
         return jax.lax.fori_loop(0, count - 1, next_state, (states, tree.zeros_like(states)))[0]
@@ -202,7 +206,7 @@ class ExplicitRungeKutta(AbstractSolver):
                 kappa = tree.add(kappa, tree.contract(dense[i], cotangent.coefficients))
             pullback = pullback_at(problem, times[i], tree.take(states, i))[1]
             mu_i, gradient_i = pullback(Rates(tree.scale(h, kappa), tree.scale(h * b[i], cotangent.cost)))
-            return tree.put(mu, i, mu_i), tree.add(gradient, gradient_i)
+            return put(mu, i, mu_i), tree.add(gradient, gradient_i)
 
         initial = tree.zeros_like(states), tree.zeros_like(problem.parameters)
         mu, gradient = jax.lax.fori_loop(0, count, reverse_stage, initial)
@@ -248,6 +252,26 @@ class ExplicitRungeKutta(AbstractSolver):
 
     def _times(self, interval: Interval, nodes: tuple[float, ...]) -> Float[Array, " stages"]:
         return jnp.stack([stage_time(interval, node) for node in nodes])
+
+
+def _pulled(
+    store: Callable[..., Any],
+    weights: tuple[float, ...],
+    pullback: Pullback,
+    h: Scalar,
+    trees: list[Arrays],
+    of_cost: Arrays,
+) -> tuple[Arrays, Parameters]:
+    """mu_i and the parameters' part, by way of kappa_i, which is h times a sum."""
+    return pullback(Rates(store(_scaled_sum, h, weights, trees), of_cost))
+
+
+def _scaled_sum(h: Scalar, weights: tuple[float, ...], trees: list[Arrays]) -> Arrays:
+    return tree.scale(h, tree.weighted_sum(weights, trees))
+
+
+def _at_once(function: Callable[..., Any], *operands: Any) -> Any:
+    return function(*operands)
 
 
 WRITTEN_OUT_STAGES = 4

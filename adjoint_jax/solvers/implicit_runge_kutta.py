@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from adjoint_jax import tree
 from adjoint_jax.interpolation import Interpolant
+from adjoint_jax.lanes import put
 from adjoint_jax.linear.dense import DenseJacobian
 from adjoint_jax.linear.jacobian import AbstractInverse, AbstractJacobian
 from adjoint_jax.problem import Interval, Parameters, Problem, Rates
@@ -238,8 +239,8 @@ class ESDIRK(AbstractImplicitSolver):
             slope = differentiable(solved.slope, equation, self.jacobian)
             state = equation.state(slope)
             return Stages(
-                states=tree.put(stages.states, i, state),
-                slopes=tree.put(stages.slopes, i, treatment.kept(times[i], state, slope)),
+                states=put(stages.states, i, state),
+                slopes=put(stages.slopes, i, treatment.kept(times[i], state, slope)),
                 converged=stages.converged & solved.converged,
                 rate=solved.rate,
                 evaluations=stages.evaluations + solved.iterations,
@@ -249,15 +250,15 @@ class ESDIRK(AbstractImplicitSolver):
         linear = inverse.solve(jax.lax.stop_gradient(tree.scale(tableau.c[1] * h, treatment.total(first))))
         start = Stages(
             states=tree.buffer(count, y),
-            slopes=tree.put(tree.buffer(count, first), jnp.int32(0), first),
+            slopes=put(tree.buffer(count, first), jnp.int32(0), first),
             converged=jnp.array(True),
             rate=jnp.ones((), h.dtype),
             evaluations=jnp.full((), treatment.further_evaluations, jnp.int32),
         )
-        states = tree.put(start.states, jnp.int32(0), y)
+        states = put(start.states, jnp.int32(0), y)
         # The second stage has no earlier one to start from: a step of the linearly implicit Euler method stands in its
         # place. It is exact to second order for autonomous fields, as the stage is, and damps what is stiff.
-        states = tree.put(states, jnp.int32(1), tree.add(y, linear))
+        states = put(states, jnp.int32(1), tree.add(y, linear))
         return jax.lax.fori_loop(1, count, next_stage, start._replace(states=states))
 
     def _inverse(self, problem: Problem, interval: Interval, y: Arrays) -> AbstractInverse:
