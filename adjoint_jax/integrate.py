@@ -86,7 +86,8 @@ class Integrator(eqx.Module):
 
     def __call__(self, problem: Problem, recorders: Sequence[AbstractRecorder], valid: Bool[Array, ""]) -> Outcome:
         """Integrate from t0 to t1. If not `valid`, report `Status.INVALID_TIMES` instead of taking any step."""
-        return problem.compute(self._run, problem, tuple(recorders), valid)
+        interpolated = any(recorder.interpolates for recorder in recorders)
+        return problem.compute(self._run, problem, tuple(recorders), valid, interpolated=interpolated)
 
     def _run(self, problem: Problem, recorders: Sequence[AbstractRecorder], valid: Bool[Array, ""]) -> Outcome:
         return self._loop(problem, recorders).run(valid)

@@ -137,11 +137,12 @@ class Problem(eqx.Module):
         """Whether it is of so few numbers that starting operations takes longer than the operations do."""
         return sum(leaf.size for leaf in jax.tree.leaves(self.y0)) <= MOST_NUMBERS and not self.multiplies_matrices
 
-    def compute(self, function: Callable[..., Any], *operands: Any) -> Any:
-        """`function(*operands)`, a loop over steps of this problem, in the way that suits its size."""
+    def compute(self, function: Callable[..., Any], *operands: Any, interpolated: bool) -> Any:
+        """`function(*operands)`, a loop over steps of this problem, in the way that suits its size. `interpolated`: whether
+        something is saved within steps: then lanes hold so much of each that they are best computed in blocks."""
         if not self.is_small:
             return function(*operands)
-        if not self.is_in_lanes:
+        if not (self.is_in_lanes and interpolated):
             return in_one_kernel(function, *operands)
         return in_blocks(functools.partial(in_one_kernel, function), *operands)
 

@@ -10,7 +10,7 @@ from hlo import Program
 from problems import jit, lotka_volterra
 
 import adjoint_jax as aj
-from adjoint_jax.kernels import MOST_ENTRIES, in_one_kernel
+from adjoint_jax.kernels import MOST_ENTRIES, in_one_kernel, stored
 
 X, W = jnp.linspace(0.1, 0.7, 5), jnp.array([0.3, -0.2, 0.9, 0.4, 0.1])
 
@@ -99,6 +99,23 @@ def test_lanes_and_derivatives_are_compiled_in_the_usual_way():
     agree(jit(along(in_kernel))(X, W), along(plain)(X, W))
     agree(jit(jax.jacfwd(in_kernel, argnums=1))(X, W), jax.jacfwd(plain, argnums=1)(X, W))
     agree(jax.linearize(lambda w: in_kernel(X, w)[0], W)[1](X), jax.linearize(lambda w: plain(X, w)[0], W)[1](X))
+
+
+def test_what_is_stored_in_lanes_is_a_call_of_its_own():
+    def twice(x):
+        sine, name = stored(lambda a: (jnp.sin(a), "sine"), x)
+        assert name == "sine"
+        return sine * jnp.cos(sine), sine
+
+    def expected(x):
+        return jnp.sin(x) * jnp.cos(jnp.sin(x)), jnp.sin(x)
+
+    xs = X * jnp.arange(1.0, 4.0)[:, None]
+    assert marked(jax.vmap(twice), xs) == 1
+    assert marked(twice, X) == 0
+    for transform in (lambda f: f, jax.vmap, lambda f: jax.vmap(jax.vmap(f)), lambda f: jax.vmap(jax.jacfwd(f))):
+        agree(jit(transform(twice))(xs), transform(expected)(xs))
+        agree(transform(twice)(xs), transform(expected)(xs))
 
 
 def solving(x):

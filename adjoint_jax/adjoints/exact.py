@@ -107,7 +107,7 @@ def backward(
     integrator, requests, solver = run.integrator, inputs.requests, run.integrator.solver
     problem = inputs.problem.without_cost() if is_zero(cotangent[0].cost) else inputs.problem
     sweep = _Sweep(Way(problem, integrator, residuals.report, residuals.last), requests, residuals.trail, cotangent[0])
-    swept, drift = problem.compute(sweep.run)
+    swept, drift = problem.compute(sweep.run, interpolated=requests.interpolated)
     swept = sweep.observed_at_t0(swept)
     if drift is not None:
         lost = sweep.asked & ~(drift <= adjoint.drift_limit(problem))

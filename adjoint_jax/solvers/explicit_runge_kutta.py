@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from adjoint_jax import tree
 from adjoint_jax.interpolation import Interpolant
-from adjoint_jax.kernels import stored
+from adjoint_jax.kernels import stored_in_kernels
 from adjoint_jax.lanes import put
 from adjoint_jax.problem import Interval, Parameters, Problem, Rates
 from adjoint_jax.quadrature import Nodes
@@ -149,7 +149,7 @@ class ExplicitRungeKutta(AbstractSolver):
         rows, b = tableau.a + tableau.dense_a, tableau.b + (0.0,) * self.extra_stages
         coefficients = cotangent.coefficients
         of_powers = [] if coefficients is None else tree.unstack(coefficients, self.dense_degree)
-        store = stored if all(leaf.ndim == 0 for leaf in jax.tree.leaves(cotangent.after)) else _at_once
+        store = stored_in_kernels if all(leaf.ndim == 0 for leaf in jax.tree.leaves(cotangent.after)) else _at_once
         mu: list[Arrays] = []
         gradients = []
         for i in reversed(range(count)):
