@@ -87,7 +87,7 @@ def in_one_kernel(function: Callable[..., Any], *operands: Any) -> Any:
     traced = _Traced.of(function, operands)
     if not _suits(traced.program.jaxpr, MOST_ENTRIES):
         return traced.results(traced.program(*traced.inputs))
-    return traced.results(_kernel_p.bind(*traced.inputs, program=traced.program, lanes=None))
+    return traced.by(_kernel_p)
 
 
 def in_blocks(function: Callable[..., Any], *operands: Any) -> Any:
@@ -127,15 +127,16 @@ def stored(function: Callable[..., Any], *operands: Any) -> Any:
     would compute them anew in every operation that uses them, and within one that writes into a buffer, not in vectors.
 
     Forward-mode derivatives and programs on several devices are compiled in the usual way."""
-    traced = _Traced.of(function, operands)
-    return traced.results(_stored_p.bind(*traced.inputs, program=traced.program, lanes=None))
+    return _Traced.of(function, operands).by(_stored_p)
 
 
 def stored_in_kernels(function: Callable[..., Any], *operands: Any) -> Any:
-    """`stored`, if there are so few lanes that they are one kernel. Where there are more, XLA shares operations among its
-    threads, but not those of a call: the gradient of 10,000 Lorenz lanes takes half as long again."""
-    traced = _Traced.of(function, operands)
-    return traced.results(_stored_in_kernels_p.bind(*traced.inputs, program=traced.program, lanes=None))
+    """`stored`, if all operands are scalars, and if there are so few lanes that they are one kernel. Where there are more,
+    XLA shares operations among its threads, but not those of a call: the gradient of 10,000 Lorenz lanes would take half as
+    long again."""
+    if any(jnp.ndim(operand) for operand in jax.tree.leaves(eqx.filter(operands, tree.is_traced))):
+        return function(*operands)
+    return _Traced.of(function, operands).by(_stored_in_kernels_p)
 
 
 class _Traced(NamedTuple):
@@ -163,7 +164,12 @@ class _Traced(NamedTuple):
         inputs = [*filter(tree.is_traced, closed.consts), *leaves]
         return _Traced(_Program(closed.jaxpr, closed.consts), inputs, *returned[0])
 
+    def by(self, primitive: Primitive) -> Any:
+        """What the function returns, computed by a primitive of this module."""
+        return self.results(primitive.bind(*self.inputs, program=self.program, lanes=None))
+
     def results(self, outputs: Sequence[Any]) -> Any:
+        """What the function returns, given what the program does."""
         return eqx.combine(jax.tree.unflatten(self.structure, outputs), self.rest)
 
 

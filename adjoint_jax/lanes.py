@@ -58,22 +58,32 @@ def apart(values: PyTree[Any]) -> PyTree[Any]:
 
     JAX finds by repetition which values of a loop differ between lanes: those that it starts with, then those that these
     make differ, and so on, with all loops within every time. Where all do from the start, once is enough."""
-    return _unchanged(_with_own_values, values)
+    return _unchanged(_with_own_value, values)
 
 
 def slots_first(buffers: PyTree[Any]) -> PyTree[Any]:
     """The same buffers. Under `vmap`, which makes lanes the first axis, what all lanes hold in one slot still lies together
     in the memory of a CPU, so that a slot is written and read as a whole."""
-    return _unchanged(_laid_out, buffers)
+    return _unchanged(_with_slots_first, buffers)
 
 
-def _unchanged(with_rule: Callable[[list[Any]], list[Any]], values: PyTree[Any]) -> PyTree[Any]:
-    """The same values, to which a rule for lanes applies. To their tangents it applies by themselves: lanes may differ in
-    tangents alone. Integers have none."""
+def _unchanged(rule: Callable[[int, Any, bool], tuple[Any, bool]], values: PyTree[Any]) -> PyTree[Any]:
+    """The same values, to each of which a rule for lanes applies: from their number, the value, and whether it differs
+    between them, to both of the latter. To their tangents it applies by themselves: lanes may differ in tangents alone.
+    Integers have none."""
+
+    @jax.custom_batching.custom_vmap
+    def of_lanes(leaves: list[Any]) -> list[Any]:
+        return leaves
+
+    @of_lanes.def_vmap
+    def changed(axis_size: int, in_batched: list[Any], leaves: list[Any]) -> tuple[list[Any], list[bool]]:
+        pairs = [rule(axis_size, leaf, batched) for leaf, batched in zip(leaves, in_batched[0], strict=True)]
+        return [leaf for leaf, _ in pairs], [batched for _, batched in pairs]
 
     @jax.custom_jvp
     def same(leaves: list[Any]) -> list[Any]:
-        return with_rule(leaves)
+        return of_lanes(leaves)
 
     @same.defjvp
     def tangents(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[list[Any], list[Any]]:
@@ -85,18 +95,15 @@ def _unchanged(with_rule: Callable[[list[Any]], list[Any]], values: PyTree[Any])
     return jax.tree.unflatten(structure, same(leaves))
 
 
-@jax.custom_batching.custom_vmap
-def _with_own_values(leaves: list[Any]) -> list[Any]:
-    return leaves
+def _with_own_value(axis_size: int, leaf: Any, is_batched: bool) -> tuple[Any, bool]:
+    return leaf if is_batched else jnp.broadcast_to(leaf, (axis_size, *jnp.shape(leaf))), True
 
 
-@_with_own_values.def_vmap
-def _own_values(axis_size: int, in_batched: list[Any], leaves: list[Any]) -> tuple[list[Any], Any]:
-    lanes = [
-        leaf if is_batched else jnp.broadcast_to(leaf, (axis_size, *jnp.shape(leaf)))
-        for leaf, is_batched in zip(leaves, in_batched[0], strict=True)
-    ]
-    return lanes, [True] * len(lanes)
+def _with_slots_first(axis_size: int, leaf: Any, is_batched: bool) -> tuple[Any, bool]:
+    del axis_size
+    if is_batched and leaf.ndim > 1 and is_traced(leaf) and on_one_cpu():
+        leaf = with_layout_constraint(leaf, Layout((1, 0, *range(2, leaf.ndim))))
+    return leaf, is_batched
 
 
 def put(rows: Arrays, index: Int[Array, ""], row: Arrays) -> Arrays:
@@ -144,34 +151,14 @@ def _slices_put(
         axes = tuple(jax.tree.map(lambda batched: 0 if batched else None, in_batched))
         return jax.vmap(_updated, axes, axis_size=axis_size)(rows, index, block), [True] * len(rows)
 
-    def in_lanes(leaf: Any, is_batched: bool) -> Any:
-        return leaf if is_batched else jnp.broadcast_to(leaf, (axis_size, *leaf.shape))
-
     def put_leaf(leaf: Any, part: Any, leaf_batched: bool, part_batched: bool) -> Any:
         if not (leaf_batched or part_batched):
             return jax.lax.dynamic_update_slice_in_dim(leaf, part, index, 0)
-        leaf, part = in_lanes(leaf, leaf_batched), in_lanes(part, part_batched)
+        leaf, part = (_with_own_value(axis_size, *given)[0] for given in ((leaf, leaf_batched), (part, part_batched)))
         return jax.lax.dynamic_update_slice_in_dim(leaf, part, index, 1)
 
     batched = [of_leaf or of_part for of_leaf, of_part in zip(rows_batched, block_batched, strict=True)]
     return [put_leaf(*given) for given in zip(rows, block, rows_batched, block_batched, strict=True)], batched
-
-
-@jax.custom_batching.custom_vmap
-def _laid_out(leaves: list[Any]) -> list[Any]:
-    return leaves
-
-
-@_laid_out.def_vmap
-def _laid_out_in_lanes(axis_size: int, in_batched: list[Any], leaves: list[Any]) -> tuple[list[Any], Any]:
-    del axis_size
-
-    def laid_out(leaf: Any, is_batched: bool) -> Any:
-        if not (is_batched and leaf.ndim > 1 and is_traced(leaf) and on_one_cpu()):
-            return leaf
-        return with_layout_constraint(leaf, Layout((1, 0, *range(2, leaf.ndim))))
-
-    return [laid_out(*pair) for pair in zip(leaves, in_batched[0], strict=True)], in_batched[0]
 
 
 def on_one_cpu() -> bool:

@@ -134,3 +134,20 @@ def test_lanes_in_blocks(number, monkeypatch):
     for ours, theirs in zip(jax.jit(jax.vmap(along_weights))(lanes), (expected, moved), strict=True):
         for name in lanes:
             np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-6)
+
+
+@pytest.mark.parametrize("what", ["t1", "steps", "dense"])
+def test_solve_and_gradient_agree_on_blocks_whatever_is_saved(what, monkeypatch):
+    monkeypatch.setattr(kernels, "LANES_TOGETHER", 4)
+
+    def loss(rates):
+        options = {"controller": aj.PIDController(1e-9, 1e-9), "saveat": aj.SaveAt(**{what: True}), "throw": False}
+        solution = aj.solve(lotka_volterra, 0.0, 40.0, jnp.array([2.0, 0.5]), rates, max_steps=2048, **options)
+        ys = jax.vmap(solution.evaluate)(jnp.linspace(1.0, 39.0, 7)) if what == "dense" else solution.ys
+        return jnp.sum(jnp.where(jnp.isfinite(ys), ys, 0.0) ** 2) / (1 + solution.stats.accepted)
+
+    lanes = {name: jnp.linspace(0.6, 1.7, 11) for name in "abcd"}
+    ours = jax.jit(jax.vmap(jax.grad(loss)))(lanes)
+    expected = jax.jit(lambda lanes: jax.lax.map(jax.grad(loss), lanes))(lanes)
+    for name in lanes:
+        np.testing.assert_allclose(ours[name], expected[name], rtol=1e-5)

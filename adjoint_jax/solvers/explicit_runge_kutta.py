@@ -1,7 +1,7 @@
 """One step of an explicit Runge-Kutta method, and its transpose."""
 
-from collections.abc import Callable, Sequence
-from typing import Any
+import functools
+from collections.abc import Sequence
 
 import equinox as eqx
 import jax
@@ -149,14 +149,14 @@ class ExplicitRungeKutta(AbstractSolver):
         rows, b = tableau.a + tableau.dense_a, tableau.b + (0.0,) * self.extra_stages
         coefficients = cotangent.coefficients
         of_powers = [] if coefficients is None else tree.unstack(coefficients, self.dense_degree)
-        store = stored_in_kernels if all(leaf.ndim == 0 for leaf in jax.tree.leaves(cotangent.after)) else _at_once
         mu: list[Arrays] = []
         gradients = []
         for i in reversed(range(count)):
             weights = (b[i], *(rows[j][i] for j in reversed(range(i + 1, count))))
             dense = tableau.dense[i][: len(of_powers)]
             trees, of_cost = [cotangent.after, *mu, *of_powers], tree.scale(h * b[i], cotangent.cost)
-            mu_i, gradient = store(_pulled, store, (*weights, *dense), pullbacks[i], h, trees, of_cost)
+            pulled = functools.partial(_pulled, (*weights, *dense))
+            mu_i, gradient = stored_in_kernels(pulled, pullbacks[i], h, trees, of_cost)
             mu.append(mu_i)
             gradients.append(gradient)
         return tree.add(cotangent.after, cotangent.y0, *mu), tree.add(*gradients)
@@ -255,23 +255,14 @@ class ExplicitRungeKutta(AbstractSolver):
 
 
 def _pulled(
-    store: Callable[..., Any],
-    weights: tuple[float, ...],
-    pullback: Pullback,
-    h: Scalar,
-    trees: list[Arrays],
-    of_cost: Arrays,
+    weights: tuple[float, ...], pullback: Pullback, h: Scalar, trees: list[Arrays], of_cost: Arrays
 ) -> tuple[Arrays, Parameters]:
-    """mu_i and the parameters' part, by way of kappa_i, which is h times a sum."""
-    return pullback(Rates(store(_scaled_sum, h, weights, trees), of_cost))
+    """mu_i and the parameters' part, by way of kappa_i, h times a weighted sum, which both need."""
 
+    def kappa(h: Scalar, trees: list[Arrays]) -> Arrays:
+        return tree.scale(h, tree.weighted_sum(weights, trees))
 
-def _scaled_sum(h: Scalar, weights: tuple[float, ...], trees: list[Arrays]) -> Arrays:
-    return tree.scale(h, tree.weighted_sum(weights, trees))
-
-
-def _at_once(function: Callable[..., Any], *operands: Any) -> Any:
-    return function(*operands)
+    return pullback(Rates(stored_in_kernels(kappa, h, trees), of_cost))
 
 
 WRITTEN_OUT_STAGES = 4
