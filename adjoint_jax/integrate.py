@@ -12,10 +12,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from adjoint_jax import tree
-from adjoint_jax.controllers.controller import AbstractController, AbstractStepSize
+from adjoint_jax.controllers.controller import AbstractController, AbstractStepSize, Trial
 from adjoint_jax.lanes import any_lane, apart, put, slots_first
 from adjoint_jax.linear.mass import is_consistent
-from adjoint_jax.problem import Problem
+from adjoint_jax.problem import Interval, Problem
 from adjoint_jax.recorders import AbstractRecorder, Layout, Place
 from adjoint_jax.solution import Stats, Status
 from adjoint_jax.solvers.solver import AbstractSolver, Step
@@ -57,11 +57,13 @@ class Mark(NamedTuple):
 
 class Stretch(NamedTuple):
     """Steps that are taken again: the slot of the first, how many there are, and by how many they are counted: of steps
-    without a given grid there are whole chunks, as in every segment but the last."""
+    without a given grid there are whole chunks, as in every segment but the last. And the time that was reached by them and
+    all steps after them."""
 
     slot: Int[Array, ""]
     steps: Int[Array, ""]
     chunk: int
+    reached: Scalar
 
 
 class Recording(NamedTuple):
@@ -136,18 +138,14 @@ class Integrator(eqx.Module):
 
 
 class _Walk(NamedTuple):
-    """The loop state of an integration with a step size controller. `state` is the method's; `slope` is the field at t
-    where the method hands it on from step to step; `extra` counts evaluations besides those of the attempted steps."""
+    """Where an integration with a step size controller stands: all that its next steps depend on. `state` is the method's;
+    `slope` is the field at t where the method hands it on from step to step."""
 
     t: Scalar
     state: Any
     slope: Arrays | None
     h: Scalar
     memory: PyTree[Any]
-    status: Int[Array, ""]
-    accepted: Int[Array, ""]
-    rejected: Int[Array, ""]
-    extra: Int[Array, ""]
 
     @property
     def mark(self) -> Mark:
@@ -155,19 +153,88 @@ class _Walk(NamedTuple):
         return Mark(self.state, self._replace(state=None, slope=None))
 
 
-class _Chunk(NamedTuple):
-    """The walk, whether any lane goes on, what the recorders noted of its latest accepted steps, and how many those are."""
+class _Ending(NamedTuple):
+    """What became of an attempted step: whether there was one; whether it was accepted; whether t1 is reached; whether it
+    was finite; whether its size is too small to go on; and the evaluations besides those that every attempt takes."""
+
+    ran: Bool[Array, ""]
+    accepted: Bool[Array, ""]
+    arrived: Bool[Array, ""]
+    finite: Bool[Array, ""]
+    stuck: Bool[Array, ""]
+    evaluations: Int[Array, ""]
+
+
+class _Tally(NamedTuple):
+    """How an integration goes: `extra` counts evaluations besides those of the attempted steps."""
+
+    status: Int[Array, ""]
+    accepted: Int[Array, ""]
+    rejected: Int[Array, ""]
+    extra: Int[Array, ""]
+
+    def goes_on(self, t: Scalar, t1: Scalar) -> Bool[Array, ""]:
+        return (self.status == Status.SUCCESS) & (t != t1)
+
+    def after(self, ending: _Ending, max_steps: int) -> "_Tally":
+        attempts = self.accepted + self.rejected + ending.ran
+        exhausted = (attempts >= max_steps) & ~ending.arrived
+        failure = jnp.where(ending.stuck, Status.STEP_SIZE_UNDERFLOW, Status.MAX_STEPS_REACHED)
+        failure = jnp.where(ending.finite, failure, Status.NON_FINITE)
+        return _Tally(
+            status=jnp.where(ending.ran & (ending.stuck | exhausted), failure, self.status).astype(jnp.int32),
+            accepted=self.accepted + ending.accepted,
+            rejected=self.rejected + (ending.ran & ~ending.accepted),
+            extra=self.extra + ending.evaluations,
+        )
+
+    def with_more(self, evaluations: Int[Array, ""]) -> "_Tally":
+        return self._replace(extra=self.extra + evaluations)
+
+
+class _Known(NamedTuple):
+    """How an integration went whose steps are taken again: up to this time."""
+
+    reached: Scalar
+
+    def goes_on(self, t: Scalar, t1: Scalar) -> Bool[Array, ""]:
+        del t1
+        return t != self.reached
+
+    def after(self, ending: _Ending, max_steps: int) -> "_Known":
+        del ending, max_steps
+        return self
+
+    def with_more(self, evaluations: Int[Array, ""]) -> "_Known":
+        del evaluations
+        return self
+
+
+_Course = _Tally | _Known
+
+
+class _Journey(NamedTuple):
+    """The walk, the course of the integration, and whether it goes on."""
 
     walk: _Walk
+    course: _Course
+    runs: Bool[Array, ""]
+
+
+class _Chunk(NamedTuple):
+    """The journey, whether that of any lane goes on, what the recorders noted of its latest accepted steps, and how many
+    those are."""
+
+    journey: _Journey
     going: Bool[Array, ""]
     notes: tuple[Any, ...]
     filled: Int[Array, ""]
 
 
 class _Progress(NamedTuple):
-    """The walk, whether any lane goes on, what was recorded, and where the recorders stand."""
+    """The journey, whether that of any lane goes on, what was recorded, and where the recorders stand."""
 
-    walk: _Walk
+    journey: _Journey
     going: Bool[Array, ""]
     records: tuple[Any, ...]
     place: Place
@@ -184,14 +251,14 @@ class _SteppingLoop(NamedTuple):
     dt0: Scalar | None
 
     def run(self, valid: Bool[Array, ""]) -> Outcome:
-        walk, zero = self._first_walk(valid), _zero()
+        journey, zero = self._start(valid), _zero()
         if not self.recorders:
-            walk = jax.lax.while_loop(lambda w: any_lane(self._running(w)), lambda w: self._attempt(w)[0], walk)
-            return Outcome(walk.state, (), self._report(walk, zero))
-        blank = self._blank_notes(walk)
+            journey = jax.lax.while_loop(lambda j: any_lane(j.runs), lambda j: self._attempt(j)[0], journey)
+            return Outcome(journey.walk.state, (), self._report(journey, zero))
+        blank, mark = self._blank_notes(journey.walk), journey.walk.mark
         layout = self._layout(blank)
-        records = tuple(recorder.start(self.problem, layout, walk.mark) for recorder in self.recorders)
-        walk, records = self._apart((walk, records))
+        records = tuple(recorder.start(self.problem, layout, mark) for recorder in self.recorders)
+        journey, records = self._apart((journey, records))
 
         def fill_chunk(progress: _Progress) -> _Progress:
             return self._fill_chunk(progress, layout.chunk)
@@ -200,18 +267,19 @@ class _SteppingLoop(NamedTuple):
             def unfilled(p: _Progress) -> Bool[Array, ""]:
                 return p.going & (p.place.position < layout.segment)
 
-            place = progress.place._replace(position=zero, segment_start=progress.walk.t, mark=progress.walk.mark)
+            walk = progress.journey.walk
+            place = progress.place._replace(position=zero, segment_start=walk.t, mark=walk.mark)
             progress = progress._replace(place=place)
             one_chunk = layout.chunk == layout.segment
             progress = fill_chunk(progress) if one_chunk else jax.lax.while_loop(unfilled, fill_chunk, progress)
             pairs = zip(self.recorders, progress.records, strict=True)
-            flushed = tuple(recorder.flush(record, progress.place, progress.walk.t) for recorder, record in pairs)
+            flushed = tuple(recorder.flush(record, progress.place, progress.journey.walk.t) for recorder, record in pairs)
             return progress._replace(records=flushed)
 
-        progress = _Progress(walk, any_lane(self._running(walk)), records, Place(zero, zero, self.problem.t0, walk.mark))
+        progress = _Progress(journey, any_lane(journey.runs), records, Place(zero, zero, self.problem.t0, mark))
         whole = all(recorder.segment_limit is None for recorder in self.recorders)
         progress = jax.lax.while_loop(lambda p: p.going, fill_chunk if whole else fill_segment, progress)
-        return Outcome(progress.walk.state, progress.records, self._report(progress.walk, progress.place.slot))
+        return Outcome(progress.journey.walk.state, progress.records, self._report(progress.journey, progress.place.slot))
 
     def again(self, mark: Mark, stretch: Stretch, records: tuple[Any, ...]) -> tuple[Mark, tuple[Any, ...]]:
         def unfilled(progress: _Progress) -> Bool[Array, ""]:
@@ -221,10 +289,10 @@ class _SteppingLoop(NamedTuple):
         if self.solver.reuses_last_stage:
             first = self.controller.interval(walk.t, self.problem.t1).first
             walk = walk._replace(slope=self.solver.slope(self.problem, first, walk.state))
-        start = Place(stretch.slot, _zero(), walk.t, mark)
-        progress = _Progress(walk, any_lane(self._running(walk)), records, start)
+        journey = self._journey(walk, _Known(stretch.reached))
+        progress = _Progress(journey, any_lane(journey.runs), records, Place(stretch.slot, _zero(), walk.t, mark))
         progress = jax.lax.while_loop(unfilled, lambda p: self._fill_chunk(p, stretch.chunk), progress)
-        return progress.walk.mark, progress.records
+        return progress.journey.walk.mark, progress.records
 
     def _apart(self, values: PyTree[Any]) -> PyTree[Any]:
         """The same with values of their own in all lanes, as they will have; but times of constant steps may be shared."""
@@ -245,7 +313,7 @@ class _SteppingLoop(NamedTuple):
         segment = limit - limit % chunk
         return Layout(round_up(self.max_steps, segment), segment, chunk)
 
-    def _first_walk(self, valid: Bool[Array, ""]) -> _Walk:
+    def _start(self, valid: Bool[Array, ""]) -> _Journey:
         problem, zero = self.problem, _zero()
         slope = problem.field(self.controller.interval(problem.t0, problem.t1).first, problem.y0)
         proposal = self.controller.first(problem, self.solver, slope, self.dt0)
@@ -254,43 +322,42 @@ class _SteppingLoop(NamedTuple):
         status = jnp.where(is_consistent(problem), status, Status.INCONSISTENT)
         evaluations = 1 + proposal.evaluations if self.solver.reuses_last_stage or proposal.evaluations else 0
         evaluations += self.solver.start_evaluations
-        return _Walk(
+        walk = _Walk(
             t=problem.t0,
             state=self.solver.start(problem),
             slope=slope if self.solver.reuses_last_stage else None,
             h=proposal.h,
             memory=proposal.memory,
-            status=jnp.where(valid, status, Status.INVALID_TIMES).astype(jnp.int32),
-            accepted=zero,
-            rejected=zero,
-            extra=zero + evaluations,
         )
+        status = jnp.where(valid, status, Status.INVALID_TIMES).astype(jnp.int32)
+        return self._journey(walk, _Tally(status, zero, zero, zero + evaluations))
 
-    def _running(self, walk: _Walk) -> Bool[Array, ""]:
-        return (walk.status == Status.SUCCESS) & (walk.t != self.problem.t1)
+    def _journey(self, walk: _Walk, course: _Course) -> _Journey:
+        return _Journey(walk, course, course.goes_on(walk.t, self.problem.t1))
 
     def _fill_chunk(self, progress: _Progress, slots: int) -> _Progress:
-        walk = progress.walk
-        blank = self._blank_notes(walk)
+        journey = progress.journey
+        blank = self._blank_notes(journey.walk)
         empty = tree.map(lambda leaf: jnp.broadcast_to(leaf, (slots, *leaf.shape)), blank)
-        walk, empty = self._apart((walk, empty))
+        journey, empty = self._apart((journey, empty))
 
         def unfilled(chunk: _Chunk) -> Bool[Array, ""]:
             return chunk.going & (chunk.filled < slots)
 
         def attempt(chunk: _Chunk) -> _Chunk:
-            walk, step, accepted = self._attempt(chunk.walk)
-            step, extra = self._dense(step, accepted)
+            journey, step, accepted = self._attempt(chunk.journey)
+            step, evaluations = self._dense(step, accepted)
+            journey = journey._replace(course=journey.course.with_more(evaluations))
             notes = slots_first(put(chunk.notes, chunk.filled, self._notes(step, accepted)))
-            going, written = any_lane(jnp.stack([self._running(walk), accepted]))
-            return _Chunk(walk._replace(extra=walk.extra + extra), going, notes, chunk.filled + written)
+            going, written = any_lane(jnp.stack([journey.runs, accepted]))
+            return _Chunk(journey, going, notes, chunk.filled + written)
 
-        chunk = jax.lax.while_loop(unfilled, attempt, _Chunk(walk, progress.going, empty, _zero()))
+        chunk = jax.lax.while_loop(unfilled, attempt, _Chunk(journey, progress.going, empty, _zero()))
         place = progress.place
         triples = zip(self.recorders, progress.records, chunk.notes, strict=True)
         records = tuple(recorder.write(record, place, notes) for recorder, record, notes in triples)
         place = place._replace(slot=place.slot + chunk.filled, position=place.position + chunk.filled)
-        return _Progress(chunk.walk, chunk.going, records, place)
+        return _Progress(chunk.journey, chunk.going, records, place)
 
     def _blank_notes(self, walk: _Walk) -> tuple[Any, ...]:
         blank = self.solver.blank_step(walk.t, walk.state)
@@ -299,43 +366,58 @@ class _SteppingLoop(NamedTuple):
     def _notes(self, step: Step, accepted: Bool[Array, ""]) -> tuple[Any, ...]:
         return tuple(recorder.note(step, accepted) for recorder in self.recorders)
 
-    def _attempt(self, walk: _Walk) -> tuple[_Walk, Step, Bool[Array, ""]]:
-        """Try one step: the walk after it; the step, of no length if it was not accepted; and whether it was.
+    def _attempt(self, journey: _Journey) -> tuple[_Journey, Step, Bool[Array, ""]]:
+        """Try one step: the journey after it; the step, of no length if it was not accepted; and whether it was.
 
         A lane that has ended stands still: its step is not accepted.
         """
-        controller = self.controller
-        running = self._running(walk)
-        stop = controller.next_stop(walk.t, self.problem.t1)
-        lands = jnp.abs(walk.h) * STRETCH >= jnp.abs(stop - walk.t)
-        end = jnp.where(lands, stop, jax.lax.stop_gradient(walk.t + walk.h))
-        interval = controller.interval(walk.t, jnp.where(running, end, walk.t))
+        walk, course, runs = journey
+        decide, numbers = self.problem.decide, walk._replace(state=None, slope=None)
+        interval = decide(self._next_interval, numbers, runs)
         step = self.solver.step(self.problem, interval, walk.state, walk.slope)
-        verdict = controller.judge(self.solver, step, walk.h, walk.memory)
-        accepted = running & verdict.accepted
-        slope, slope_evaluations = self._next_slope(walk, step, accepted)
+        ratio = self.controller.ratio(self.solver, step)
+        of_step = interval, ratio, step.factor, step.iterations
+        (ahead, course, runs), accepted = decide(self._judged, _Journey(numbers, course, runs), *of_step)
         kept = step._replace(
-            interval=interval._replace(end=jnp.where(accepted, interval.end, walk.t)),
+            interval=interval._replace(end=ahead.t),
             after=tree.where(accepted, step.after, walk.state),
             error=None,
         )
-        attempts = walk.accepted + walk.rejected + running
-        stuck = ~verdict.accepted & (jnp.abs(verdict.h) < controller.smallest(walk.t))
-        exhausted = (attempts >= self.max_steps) & (kept.interval.end != self.problem.t1)
-        failure = jnp.where(stuck, Status.STEP_SIZE_UNDERFLOW, Status.MAX_STEPS_REACHED)
-        failure = jnp.where(verdict.finite, failure, Status.NON_FINITE)
-        after = _Walk(
-            t=kept.interval.end,
-            state=kept.after,
-            slope=slope,
-            h=verdict.h,
-            memory=verdict.memory,
-            status=jnp.where(running & (stuck | exhausted), failure, walk.status).astype(jnp.int32),
-            accepted=walk.accepted + accepted,
-            rejected=walk.rejected + (running & ~verdict.accepted),
-            extra=_counted(walk.extra, step, running) + slope_evaluations,
+        walk = ahead._replace(state=kept.after, slope=self._next_slope(walk, kept, accepted))
+        return _Journey(walk, course, runs), kept, accepted
+
+    def _next_interval(self, walk: _Walk, runs: Bool[Array, ""]) -> Interval:
+        stop = self.controller.next_stop(walk.t, self.problem.t1)
+        lands = jnp.abs(walk.h) * STRETCH >= jnp.abs(stop - walk.t)
+        end = jnp.where(lands, stop, jax.lax.stop_gradient(walk.t + walk.h))
+        return self.controller.interval(walk.t, jnp.where(runs, end, walk.t))
+
+    def _judged(
+        self, journey: _Journey, interval: Interval, ratio: Scalar, factor: Scalar | None, iterations: Array | None
+    ) -> tuple[_Journey, Bool[Array, ""]]:
+        """The journey after an attempted step, but for its arrays, and whether the step is accepted."""
+        (walk, course, runs), controller = journey, self.controller
+        trial = Trial(interval.end - interval.start, walk.h, ratio, factor)
+        verdict = controller.judge(self.solver, trial, walk.memory)
+        moves = interval.end != interval.start
+        accepted = runs & verdict.accepted & moves
+        end = jnp.where(accepted, interval.end, walk.t)
+        ending = _Ending(
+            ran=runs,
+            accepted=accepted,
+            arrived=end == self.problem.t1,
+            finite=verdict.finite,
+            stuck=(~verdict.accepted & (jnp.abs(verdict.h) < controller.smallest(walk.t))) | ~moves,
+            evaluations=_taken(iterations, runs) + self._jumps(interval.end, accepted),
         )
-        return after, kept, accepted
+        walk = walk._replace(t=end, h=verdict.h, memory=verdict.memory)
+        return self._journey(walk, course.after(ending, self.max_steps)), accepted
+
+    def _jumps(self, end: Scalar, accepted: Bool[Array, ""]) -> Int[Array, ""]:
+        """Whether a step ends where the field jumps, so that its slope behind that must be evaluated anew."""
+        if self.controller.jump_ts is None or not self.solver.reuses_last_stage:
+            return _zero()
+        return (accepted & self.controller.jumps_at(end)).astype(jnp.int32)
 
     def _dense(self, step: Step, accepted: Bool[Array, ""]) -> tuple[Step, Int[Array, ""]]:
         """The step with the stages of its dense output, if it has any and they are wanted."""
@@ -354,14 +436,14 @@ class _SteppingLoop(NamedTuple):
         )
         return step, wanted * jnp.int32(self.solver.extra_stages)
 
-    def _next_slope(self, walk: _Walk, step: Step, accepted: Bool[Array, ""]) -> tuple[Arrays | None, Int[Array, ""]]:
+    def _next_slope(self, walk: _Walk, step: Step, accepted: Bool[Array, ""]) -> Arrays | None:
         """The field at the start of the next step, evaluated anew behind a jump."""
         if not self.solver.reuses_last_stage:
-            return None, _zero()
+            return None
         slope = tree.where(accepted, self.solver.last_stage(step), walk.slope)
         if self.controller.jump_ts is None:
-            return slope, _zero()
-        jumped = accepted & self.controller.jumps_at(step.interval.end)
+            return slope
+        jumped = self._jumps(step.interval.end, accepted) > 0
         behind = self.controller.interval(step.interval.end, self.problem.t1).first
         fresh = jax.lax.cond(
             any_lane(jumped),
@@ -370,17 +452,19 @@ class _SteppingLoop(NamedTuple):
             behind,
             step.after,
         )
-        return tree.where(jumped, fresh, slope), jumped.astype(jnp.int32)
+        return tree.where(jumped, fresh, slope)
 
-    def _report(self, walk: _Walk, slots: Int[Array, ""]) -> Report:
-        starved = (walk.status == Status.STEP_SIZE_UNDERFLOW) | (walk.status == Status.MAX_STEPS_REACHED)
+    def _report(self, journey: _Journey, slots: Int[Array, ""]) -> Report:
+        walk, tally = journey.walk, journey.course
+        assert isinstance(tally, _Tally)
+        starved = (tally.status == Status.STEP_SIZE_UNDERFLOW) | (tally.status == Status.MAX_STEPS_REACHED)
         unresolvable = starved & self.controller.unresolvable(self.solver.output(walk.state))
-        status = jnp.where(unresolvable, Status.TOLERANCE_TOO_SMALL, walk.status).astype(jnp.int32)
-        attempts = walk.accepted + walk.rejected
+        status = jnp.where(unresolvable, Status.TOLERANCE_TOO_SMALL, tally.status).astype(jnp.int32)
+        attempts = tally.accepted + tally.rejected
         per_step = self.solver.evaluations(
             estimated=self.controller.adapts, interpolated=any(recorder.interpolates for recorder in self.recorders)
         )
-        stats = Stats(walk.accepted, walk.rejected, walk.extra + per_step * attempts)
+        stats = Stats(tally.accepted, tally.rejected, tally.extra + per_step * attempts)
         return Report(walk.t, status, stats, slots, walk.h)
 
 
@@ -389,6 +473,11 @@ class _Stride(NamedTuple):
 
     start: Float[Array, "..."]
     end: Float[Array, "..."]
+
+    @staticmethod
+    def of(grid: Float[Array, " times"], slot: Int[Array, ""]) -> "_Stride":
+        """The step of a slot."""
+        return _Stride(tree.take(grid, slot), tree.take(grid, slot + 1))
 
 
 class _Finite(NamedTuple):
@@ -478,7 +567,7 @@ class _GridLoop(NamedTuple):
         def take_stride(position: Array, walk: tuple[_Pace, tuple[Any, ...]]) -> tuple[_Pace, tuple[Any, ...]]:
             pace, records = walk
             slot = stretch.slot + position
-            pace, notes = self._stride(pace, _Stride(tree.take(self.grid, slot), tree.take(self.grid, slot + 1)))
+            pace, notes = self._stride(pace, self.problem.decide(_Stride.of, self.grid, slot))
             notes = tree.map(lambda leaf: leaf[None], notes)
             triples = zip(self.recorders, records, notes, strict=True)
             place = Place(slot, position, first, mark)
@@ -526,7 +615,7 @@ class _GridLoop(NamedTuple):
         taken = stride.start != stride.end
         step = step._replace(after=tree.where(taken, step.after, state))
         slope = self.solver.last_stage(step) if self._reuses_last_stage else None
-        iterations = _counted(iterations, step, taken)
+        iterations += _taken(step.iterations, taken)
         return _Pace(step.after, slope, iterations), tuple(recorder.note(step, taken) for recorder in self.recorders)
 
 
@@ -569,9 +658,9 @@ def _strides(grid: Float[Array, " times"], segment: int) -> tuple[_Stride, int]:
     return _Stride(times[:-1].reshape(-1, segment), times[1:].reshape(-1, segment)), padding
 
 
-def _counted(count: Int[Array, ""], step: Step, taken: Bool[Array, ""]) -> Int[Array, ""]:
-    """The count with the iterations of a step, if it was taken."""
-    return count if step.iterations is None else count + jnp.where(taken, step.iterations, 0)
+def _taken(iterations: Int[Array, ""] | None, taken: Bool[Array, ""]) -> Int[Array, ""]:
+    """The evaluations of a step's iterations, if it was taken."""
+    return _zero() if iterations is None else jnp.where(taken, iterations, 0)
 
 
 def _zero() -> Int[Array, ""]:

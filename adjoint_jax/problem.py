@@ -146,6 +146,11 @@ class Problem(eqx.Module):
             return in_one_kernel(function, *operands)
         return in_blocks(functools.partial(in_one_kernel, function), *operands)
 
+    def decide(self, function: Callable[..., Any], *operands: Any) -> Any:
+        """`function(*operands)`, of a few numbers, within a loop over steps of this problem: as one kernel, unless the loop
+        may be one."""
+        return function(*operands) if self.is_small else in_one_kernel(function, *operands)
+
     @property
     def scalars_per_array(self) -> int:
         """How many leaves of the state stand for an array, at most."""

@@ -249,7 +249,8 @@ class _Sweep:
 
         def reverse_step(reversed_index: Array, swept: _Swept) -> _Swept:
             index = count - 1 - reversed_index
-            start, end, kept = tree.take(steps, index)
+            kept = tree.take(steps.kept, index)
+            start, end = self.problem.decide(tree.take, (steps.starts, steps.ends), index)
             interval, state, rows = self.way.interval(start, end), self.trail.keep.state(kept), swept.rows
             of_step = tree.take_block(observed, index, 1)
             if step_by_step:

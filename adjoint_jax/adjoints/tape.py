@@ -105,7 +105,7 @@ class Tape(AbstractTrail):
     def _again(self, way: Way, begin: Int[Array, ""], steps: Int[Array, ""], mark: Mark) -> "Tape":
         """The tape with other steps, taken again from a mark."""
         recorder = StepRecorder(way.problem, way.integrator.solver, self.keep, self.layout.interpolated)
-        stretch = Stretch(begin, steps, self.layout.common)
+        stretch = Stretch(begin, steps, self.layout.common, way.report.reached)
         return way.integrator.again(way.problem, mark, stretch, self._grid, Recording(recorder, self))[1]
 
     @property
@@ -144,7 +144,7 @@ class Tape(AbstractTrail):
     def _advance(self, way: Way, mark: Mark, start: Int[Array, ""], end: Int[Array, ""]) -> Mark:
         """The mark at the start of segment `end`, from that at the start of segment `start`."""
         segment = self.layout.segment
-        stretch = Stretch(start * segment, (end - start) * segment, self.layout.common)
+        stretch = Stretch(start * segment, (end - start) * segment, self.layout.common, way.report.reached)
         return way.integrator.again(way.problem, mark, stretch, self._grid, None)[0]
 
 

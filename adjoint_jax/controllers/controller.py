@@ -24,6 +24,16 @@ class Proposal(NamedTuple):
     evaluations: int
 
 
+class Trial(NamedTuple):
+    """An attempted step as it is judged: its size and the one proposed, which may have passed a time to stop at (both
+    signed); its error in parts of the tolerance; and the factor for the next size, if the method chooses it."""
+
+    size: Scalar
+    proposal: Scalar
+    ratio: Scalar
+    factor: Scalar | None
+
+
 class Verdict(NamedTuple):
     """Whether an attempted step is accepted, whether it was finite, and what to try next."""
 
@@ -88,8 +98,12 @@ class AbstractStepSize(AbstractController):
         """The first step size; `slope` is the field at t0."""
 
     @abc.abstractmethod
-    def judge(self, solver: AbstractSolver, step: Step, proposal: Scalar, memory: PyTree[Any]) -> Verdict:
-        """Accept or reject a step of the proposed size (or shorter, where it would have passed a time to stop at)."""
+    def ratio(self, solver: AbstractSolver, step: Step) -> Scalar:
+        """The error of a step in parts of the tolerance."""
+
+    @abc.abstractmethod
+    def judge(self, solver: AbstractSolver, trial: Trial, memory: PyTree[Any]) -> Verdict:
+        """Accept or reject an attempted step."""
 
     @abc.abstractmethod
     def smallest(self, t: Scalar) -> Scalar:

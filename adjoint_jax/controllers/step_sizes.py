@@ -11,7 +11,15 @@ import numpy as np
 from jaxtyping import Array, Bool, DTypeLike, PyTree
 
 from adjoint_jax import tree
-from adjoint_jax.controllers.controller import AbstractStepSize, Proposal, Verdict, canonical_jumps, not_negative, positive
+from adjoint_jax.controllers.controller import (
+    AbstractStepSize,
+    Proposal,
+    Trial,
+    Verdict,
+    canonical_jumps,
+    not_negative,
+    positive,
+)
 from adjoint_jax.problem import Problem
 from adjoint_jax.solvers.solver import AbstractSolver, Step
 from adjoint_jax.tolerance import Tolerance, rms_norm
@@ -35,9 +43,14 @@ class ConstantStepSize(AbstractStepSize):
             raise ValueError("dt0 is the first step of an adaptive controller; ConstantStepSize has its own dt.")
         return Proposal(self.dt * jnp.sign(problem.t1 - problem.t0), (), 0)
 
-    def judge(self, solver: AbstractSolver, step: Step, proposal: Scalar, memory: PyTree[Any]) -> Verdict:
-        finite = solver.is_finite(step.after)
-        return Verdict(finite, finite, jnp.where(finite, proposal, 0.0), memory)
+    def ratio(self, solver: AbstractSolver, step: Step) -> Scalar:
+        """None that is known, unless the step is not finite."""
+        return jnp.where(solver.is_finite(step.after), 0.0, jnp.inf)
+
+    def judge(self, solver: AbstractSolver, trial: Trial, memory: PyTree[Any]) -> Verdict:
+        del solver
+        finite = jnp.isfinite(trial.ratio)
+        return Verdict(finite, finite, jnp.where(finite, trial.proposal, 0.0), memory)
 
     def smallest(self, t: Scalar) -> Scalar:
         return _resolution(t)
@@ -160,15 +173,17 @@ class PIDController(AbstractStepSize):
         second = (0.01 / jnp.where(still, 1.0, steepest)) ** (1.0 / (order + 1))
         return jnp.minimum(100 * guess, jnp.where(still, jnp.maximum(tiny, 1e-3 * guess), second))
 
-    def judge(self, solver: AbstractSolver, step: Step, proposal: Scalar, memory: _Errors) -> Verdict:
-        assert solver.error_order is not None
+    def ratio(self, solver: AbstractSolver, step: Step) -> Scalar:
         y0, y1, error = jax.lax.stop_gradient((solver.output(step.before), solver.output(step.after), step.error))
-        size = jax.lax.stop_gradient(step.interval.end - step.interval.start)
         blown = tree.map(lambda e, y: jnp.where(jnp.isfinite(y), jnp.abs(e), jnp.inf), error, y1)
-        ratio = self.tolerance.ratio(blown, y0, y1)
+        return self.tolerance.ratio(blown, y0, y1)
+
+    def judge(self, solver: AbstractSolver, trial: Trial, memory: _Errors) -> Verdict:
+        assert solver.error_order is not None
+        ratio, proposal, size = trial.ratio, trial.proposal, jax.lax.stop_gradient(trial.size)
         accepted, finite = ratio <= 1.0, jnp.isfinite(ratio)
         log_ratio = jnp.log(jnp.maximum(ratio, jnp.finfo(ratio.dtype).tiny ** 0.25))
-        factor = self._factor(log_ratio, memory, solver.error_order + 1) if step.factor is None else step.factor
+        factor = self._factor(log_ratio, memory, solver.error_order + 1) if trial.factor is None else trial.factor
         factor = factor.astype(size.dtype)
         factor = jnp.where(finite, jnp.clip(factor, self.factor_min, self.factor_max), self.factor_min)
         factor = jnp.minimum(factor, jnp.where(accepted & ~memory.rejected, self.factor_max, 1.0))
