@@ -175,14 +175,13 @@ class RowRecorder(AbstractRecorder):
         def save_block(carry: tuple[Int[Array, ""], Arrays]) -> tuple[Int[Array, ""], Arrays]:
             begin, rows = carry
             index = jnp.minimum(begin, len(ts) - block)
-            times, places = jax.lax.dynamic_slice_in_dim(ts, index, block), index + jnp.arange(block)
+            times, places = tree.take_block(ts, index, block), index + jnp.arange(block)
             wanted = (places >= record.saved) & (places < saved)
             steps = jnp.sum(ends < (times * direction)[:, None], axis=1, dtype=jnp.int32)
             steps = jax.lax.optimization_barrier(steps)
-            interpolants = tree.map(lambda leaf: leaf[jnp.where(wanted, steps, 0)], record.recent)
+            interpolants = tree.take_rows(record.recent, jnp.where(wanted, steps, 0))
             new = jax.vmap(self._row)(jnp.where(wanted, times, interpolants.start), interpolants)
-            old = tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, index, block), rows)
-            new = jax.vmap(tree.where)(wanted, new, old)
+            new = jax.vmap(tree.where)(wanted, new, tree.take_block(rows, index, block))
             return begin + block, put_block(rows, index, new)
 
         start, last = (min_lane(record.saved), record.rows), max_lane(saved)

@@ -79,12 +79,32 @@ def buffer(length: int, like: Shapes, fill: float = 0.0) -> Arrays:
 
 def take_block(rows: Arrays, index: Int[Array, ""], length: int) -> Arrays:
     """`rows[index : index + length]`, the index clamped so that the block lies inside."""
-    return map(lambda many: jax.lax.dynamic_slice_in_dim(many, index, length, 0), rows)
+    return map(lambda many: jax.lax.dynamic_slice_in_dim(many, index, length, 0, allow_negative_indices=False), rows)
 
 
 def take(rows: Arrays, index: Int[Array, ""]) -> Arrays:
     """`rows[index]`, the index clamped to the buffer."""
-    return map(lambda many: jax.lax.dynamic_index_in_dim(many, index, 0, keepdims=False), rows)
+    return map(lambda block: jax.lax.squeeze(block, (0,)), take_block(rows, index, 1))
+
+
+def take_rows(rows: Arrays, indices: Int[Array, " n"]) -> Arrays:
+    """`rows[indices]`, the indices clamped to the buffer."""
+    return map(lambda many: jnp.take(many, indices, axis=0, mode="clip"), rows)
+
+
+def quotient(number: Int[Array, ""], size: int | Int[Array, ""]) -> Int[Array, ""]:
+    """`number // size`, of numbers that are not negative: without what `//` does for signs."""
+    return jax.lax.div(number, jnp.asarray(size, number.dtype))
+
+
+def remainder(number: Int[Array, ""], size: int | Int[Array, ""]) -> Int[Array, ""]:
+    """`number % size`, of numbers that are not negative."""
+    return jax.lax.rem(number, jnp.asarray(size, number.dtype))
+
+
+def blocks(number: Int[Array, ""], size: int) -> Int[Array, ""]:
+    """How many blocks of some size hold so many rows."""
+    return quotient(number + (size - 1), size)
 
 
 def stack(trees: Sequence[Arrays]) -> Arrays:

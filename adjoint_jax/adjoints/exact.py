@@ -214,7 +214,7 @@ class _Sweep:
 
     def _reverse_segment(self, segment: Segment, swept: _Swept) -> _Swept:
         chunk = self.trail.chunk
-        chunks = (segment.steps + chunk - 1) // chunk
+        chunks = tree.blocks(segment.steps, chunk)
 
         def reverse_chunk(reversed_index: Array, swept: _Swept) -> _Swept:
             first = (chunks - 1 - reversed_index) * chunk
@@ -224,7 +224,7 @@ class _Sweep:
                 tree.take_block(segment.times, first + 1, chunk),
                 tree.take_block(segment.kept, first, chunk),
             )
-            valid = jnp.minimum(chunk, segment.steps - first)
+            valid = jnp.minimum(chunk, segment.steps - first) if chunk > 1 else jnp.ones((), jnp.int32)
             return self._reverse_steps(valid, steps, self._observed(slot), swept)
 
         return jax.lax.fori_loop(0, chunks, reverse_chunk, swept)

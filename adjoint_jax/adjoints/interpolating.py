@@ -167,7 +167,7 @@ def _interpolants(way: Way, trail: AbstractTrail, segment: Segment) -> Interpola
         return put_block(interpolants, first, block)
 
     one = jax.eval_shape(interpolant, (problem.t0, problem.t0, integrator.solver.start(problem)))
-    chunks = (segment.steps + trail.chunk - 1) // trail.chunk
+    chunks = tree.blocks(segment.steps, trail.chunk)
     return jax.lax.fori_loop(0, chunks, add_chunk, tree.buffer(length, one))
 
 

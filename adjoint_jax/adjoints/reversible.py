@@ -82,7 +82,7 @@ class Times(AbstractTrail):
 
     def walk_back(self, way: Way, visit: Callable[[Segment, Carry], Carry], carry: Carry) -> Walked:
         count, chunk, times = max_lane(way.report.slots), self.length, standing_still(way, jnp.int32(0), self.times)
-        chunks = (count + chunk - 1) // chunk
+        chunks = tree.blocks(count, chunk)
         empty = tree.buffer(chunk, way.last)
 
         def undo_chunk(reversed_index: Array, going: tuple[Arrays, Carry]) -> tuple[Arrays, Carry]:

@@ -123,7 +123,7 @@ class RowPull(NamedTuple):
         inside = (first + jnp.arange(block, dtype=jnp.int32) < pulled.left) & self._behind_start(ts)
         ts, a = jnp.where(inside, ts, self.steps.starts[0]), tree.keep_rows(inside, a)
         at = jax.vmap(self._step_of)(ts)
-        interpolants = jax.vmap(lambda i: tree.take(interpolants, i))(at)
+        interpolants = tree.take_rows(interpolants, at)
         pulled = pulled._replace(left=pulled.left - jnp.sum(inside, dtype=jnp.int32))
         if self.rows.fn is not None:
             a, fn, args = jax.vmap(self._pull)(interpolants, ts, a)

@@ -79,7 +79,7 @@ class Tape(AbstractTrail):
         count, segment = max_lane(way.report.slots), self.layout.segment
         if self.layout.segments == 1:
             return Walked(visit(self._segment(way, jnp.zeros((), jnp.int32), count), carry), None)
-        segments = (count + segment - 1) // segment
+        segments = tree.blocks(count, segment)
 
         def visit_last(going: _Going) -> _Going:
             index = going.left - 1
@@ -177,18 +177,25 @@ class _Going(NamedTuple):
 
 
 class TapeLayout(NamedTuple):
-    """Static sizes: steps at most, in a segment, and in a chunk; checkpoints, and the largest number of segments; the
-    segments of checkpoints, where they are known; whether the times of all steps are; and whether the loss may depend on
-    interpolants."""
+    """Static sizes: steps at most, in a segment, and in a chunk, and those between two calls of `flush`; checkpoints, and
+    the largest number of segments; the segments of checkpoints, where they are known; whether the times of all steps are;
+    and whether the loss may depend on interpolants."""
 
     slots: int
     segment: int
     chunk: int
+    flushed: int
     checkpoints: int
     segments: int
     places: tuple[int, ...] | None
     timed: bool
     interpolated: bool
+
+    def is_first(self, place: Place, segment: Int[Array, ""]) -> Bool[Array, ""]:
+        """Whether what `flush` is called for is the first part of a segment, or all of it."""
+        if self.flushed == self.segment:
+            return jnp.array(True)
+        return place.slot - place.position == segment * self.segment
 
     def marked(self, mark: Mark) -> Mark:
         """What is kept of a mark."""
@@ -232,7 +239,7 @@ class StepRecorder(AbstractRecorder):
         return TapeNote(tree.zeros_like(kept), step.interval.end)
 
     def write(self, record: Tape, place: Place, notes: TapeNote) -> Tape:
-        position = place.slot % record.layout.segment
+        position = tree.remainder(place.slot, record.layout.segment)
         record = dataclasses.replace(record, recent=put_block(record.recent, position, notes.kept))
         if record.layout.timed:
             return record
@@ -266,7 +273,9 @@ class TapeRecorder(StepRecorder):
         checkpoints = min(self.checkpoints, segments)
         best = tuple(places(checkpoints, segments)) if self.grid is not None and checkpoints < segments else None
         timed = self.grid is not None or not problem.is_in_lanes
-        sizes = TapeLayout(layout.slots, segment, chunk, checkpoints, segments, best, timed, self.interpolated)
+        sizes = TapeLayout(
+            layout.slots, segment, chunk, layout.segment, checkpoints, segments, best, timed, self.interpolated
+        )
         kept, mark = shapes_kept(self.keep, problem, self.solver, interpolated=self.interpolated), sizes.marked(mark)
         length = (segments - 1) * segment * timed + round_up(segment, chunk) + 1
         return Tape(
@@ -293,8 +302,8 @@ class TapeRecorder(StepRecorder):
         del now
         layout = record.layout
         mark = layout.marked(place.mark)
-        last = jnp.maximum(place.slot - 1, 0)
-        index, is_first = last // layout.segment, place.slot - place.position == last // layout.segment * layout.segment
+        index = tree.quotient(jnp.maximum(place.slot - 1, 0), layout.segment)
+        is_first = layout.is_first(place, index)
         if layout.checkpoints == layout.segments:
             here = tree.where(is_first, mark, tree.take(record.checkpoints, index))
             return dataclasses.replace(record, checkpoints=put(record.checkpoints, index, here))
@@ -308,7 +317,7 @@ class TapeRecorder(StepRecorder):
 
 def _thinned(tape: Tape, index: Int[Array, ""]) -> Tape:
     """The tape with every second checkpoint only, if segment `index` finds no room."""
-    full = index // tape.stride >= tape.layout.checkpoints
+    full = tree.quotient(index, tape.stride) >= tape.layout.checkpoints
     every_second = np.minimum(2 * np.arange(tape.layout.checkpoints), tape.layout.checkpoints - 1)
     checkpoints = tree.map(lambda leaf: jnp.where(full, leaf[every_second], leaf), tape.checkpoints)
     return dataclasses.replace(tape, checkpoints=checkpoints, stride=jnp.where(full, 2 * tape.stride, tape.stride))
