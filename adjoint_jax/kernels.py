@@ -227,8 +227,9 @@ class _Lanes(NamedTuple):
         size = -(-self.number // blocks)
 
         def cut(operand: Any) -> Array:
-            padding = [(0, blocks * size - self.number), *[(0, 0)] * (operand.ndim - 1)]
-            return jnp.pad(operand, padding, "edge").reshape(blocks, size, *operand.shape[1:])
+            more = blocks * size - self.number
+            filled = jnp.concatenate([operand, *[operand[-1:]] * more]) if more else operand
+            return filled.reshape(blocks, size, *operand.shape[1:])
 
         def block(own: list[Any]) -> list[Any]:
             left = iter(own)

@@ -82,12 +82,11 @@ class Tape(AbstractTrail):
         segments = tree.blocks(count, segment)
 
         def visit_last(going: _Going) -> _Going:
-            index = going.left - 1
-            begin, known = index * segment, index == segments - 1
-            mark, stack = self._first_mark(way, index, known, going.stack)
-            tape = self._with(going.recent, going.times)._again(way, begin, jnp.where(known, 0, segment), mark)
-            of_segment = tape._segment(way, begin, jnp.minimum(segment, count - begin))
-            return _Going(index, stack, tape.recent, tape.times, visit(of_segment, going.carry))
+            turn = way.problem.decide(_Turn.of, going.left, segments, count, segment)
+            mark, stack = self._first_mark(way, turn, going.stack)
+            tape = self._with(going.recent, going.times)._again(way, turn.begin, turn.again, mark)
+            of_segment = tape._segment(way, turn.begin, turn.steps)
+            return _Going(turn.segment, stack, tape.recent, tape.times, visit(of_segment, going.carry))
 
         going = _Going(segments, _Stack.of(self, segments), self.recent, self.times, carry)
         return Walked(jax.lax.while_loop(lambda going: going.left > 0, visit_last, going).carry, None)
@@ -112,17 +111,15 @@ class Tape(AbstractTrail):
     def _grid(self) -> Float[Array, " times"] | None:
         return self.times if self.layout.timed else None
 
-    def _first_mark(
-        self, way: Way, index: Int[Array, ""], known: Bool[Array, ""], stack: "_Stack"
-    ) -> tuple[Mark, "_Stack"]:
+    def _first_mark(self, way: Way, turn: "_Turn", stack: "_Stack") -> tuple[Mark, "_Stack"]:
         """The mark at the start of a segment, or any if the segment's steps are known; and the checkpoints without that
         one."""
         if self.layout.checkpoints == self.layout.segments:
-            return tree.take(stack.marks, index), stack
-        stack = self._divide(way, stack, index + 1)
+            return tree.take(stack.marks, turn.segment), stack
+        stack = self._divide(way, stack, turn.segment + 1)
         at = tree.take(stack.at, stack.top)
-        mark = self._advance(way, tree.take(stack.marks, stack.top), at, jnp.where(known, at, index))
-        return mark, stack._replace(top=stack.top - (at == index))
+        mark = self._advance(way, tree.take(stack.marks, stack.top), at, jnp.where(turn.again == 0, at, turn.segment))
+        return mark, stack._replace(top=stack.top - (at == turn.segment))
 
     def _divide(self, way: Way, stack: "_Stack", left: Int[Array, ""]) -> "_Stack":
         """Set free checkpoints between the last one and the segment whose turn it is."""
@@ -164,6 +161,21 @@ class _Stack(NamedTuple):
 def _last(places: Int[Array, " checkpoints"], index: Int[Array, ""]) -> Int[Array, ""]:
     """Which is the last of some ascending places that is not behind an index."""
     return jnp.sum(places <= index, dtype=jnp.int32) - 1
+
+
+class _Turn(NamedTuple):
+    """The segment that is next on the way back: which it is, the slot of its first step, how many of its steps must be
+    taken again, none of those of the last segment, and how many it has."""
+
+    segment: Int[Array, ""]
+    begin: Int[Array, ""]
+    again: Int[Array, ""]
+    steps: Int[Array, ""]
+
+    @staticmethod
+    def of(left: Int[Array, ""], segments: Int[Array, ""], count: Int[Array, ""], length: int) -> "_Turn":
+        begin = (left - 1) * length
+        return _Turn(left - 1, begin, jnp.where(left == segments, 0, length), jnp.minimum(length, count - begin))
 
 
 class _Going(NamedTuple):
