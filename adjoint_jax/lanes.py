@@ -140,7 +140,7 @@ def _updated(rows: list[Any], index: Array, block: list[Any]) -> list[Any]:
 
 
 def _update(leaf: Array, part: Array, index: Array, axis: int) -> Array:
-    return jax.lax.dynamic_update_slice_in_dim(leaf, part, index, axis, allow_negative_indices=False)
+    return jax.lax.dynamic_update_slice_in_dim(leaf, part, index, axis)
 
 
 _put_in_lanes = jax.custom_batching.custom_vmap(_updated)

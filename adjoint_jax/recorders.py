@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from adjoint_jax import tree
 from adjoint_jax.interpolation import Interpolant
 from adjoint_jax.kernels import stored
-from adjoint_jax.lanes import max_lane, min_lane, put_block
+from adjoint_jax.lanes import max_lane, min_lane, put, put_block
 from adjoint_jax.problem import Problem
 from adjoint_jax.quadrature import Nodes
 from adjoint_jax.saveat import Rows
@@ -144,16 +144,25 @@ class RowRecorder(AbstractRecorder):
 
     def start(self, problem: Problem, layout: Layout, mark: Any) -> Window:
         del mark
-        at_t0 = self.rows.apply(problem.t0, problem.y0, problem.args)
-
-        def initial(value: Array) -> Array:
-            unknown = jnp.nan if jnp.issubdtype(value.dtype, jnp.inexact) else 0
-            is_t0 = (self.rows.ts == problem.t0).reshape(-1, *[1] * value.ndim)
-            return jnp.where(is_t0, value, jnp.asarray(unknown, value.dtype))
-
         empty = _empty_interpolants(problem, self.solver, layout.segment)
         recent = jax.vmap(lambda one: InterpolantNote.of(one, self.solver.dense_degree))(empty)
-        return Window(recent, tree.map(initial, at_t0), jnp.sum(self.rows.ts == problem.t0, dtype=jnp.int32))
+        return Window(recent, *self._rows_at_t0())
+
+    def _rows_at_t0(self) -> tuple[Arrays, Int[Array, ""]]:
+        """All rows, of which those at t0 are known, and how many these are."""
+        problem, ts = self.problem, self.rows.ts
+        at_t0 = self.rows.apply(problem.t0, problem.y0, problem.args)
+        count = self.rows.until(problem.t0, jnp.where(problem.t1 < problem.t0, -1, 1).astype(ts.dtype))
+
+        def unknown(value: Array) -> Array:
+            blank = jnp.nan if jnp.issubdtype(value.dtype, jnp.inexact) else 0
+            return jnp.full((len(ts), *value.shape), blank, value.dtype)
+
+        def save(index: Array, rows: Arrays) -> Arrays:
+            is_known = (index < count) & (tree.take(ts, index) == problem.t0)
+            return put(rows, index, tree.where(is_known, at_t0, tree.take(rows, index)))
+
+        return jax.lax.fori_loop(0, max_lane(count), save, tree.map(unknown, at_t0)), count
 
     def note(self, step: Step, accepted: Bool[Array, ""]) -> InterpolantNote:
         return _noted(self.solver, step, accepted)
@@ -165,12 +174,37 @@ class RowRecorder(AbstractRecorder):
         return jnp.any((self.rows.ts - start) * (self.rows.ts - end) <= 0)
 
     def flush(self, record: Window, place: Place, now: Scalar) -> Window:
-        ts = self.rows.ts
         direction = jnp.where(now < self.problem.t0, -1, 1).astype(now.dtype)
+        saved = self.rows.until(now, direction)
+        one_by_one = self.problem.is_small and not self.problem.is_in_lanes
+        save = self._save_one_by_one if one_by_one else self._save_blocks
+        return Window(record.recent, save(record, place.position, saved, direction), saved)
+
+    def _save_one_by_one(self, record: Window, steps: Int[Array, ""], saved: Int[Array, ""], direction: Scalar) -> Arrays:
+        """For programs that are one kernel: those of which XLA counts fewer than 1,000 operations, once for each that is
+        written in a loop, are run without a change of threads, which takes as long as a small solve."""
+        ends = record.recent.end
+
+        def save_row(index: Array, carry: tuple[Int[Array, ""], Arrays]) -> tuple[Int[Array, ""], Arrays]:
+            step, rows = carry
+            t, wanted = tree.take(self.rows.ts, index), (index >= record.saved) & (index < saved)
+
+            def is_behind(step: Array) -> Bool[Array, ""]:
+                return (step < steps - 1) & (tree.take(ends, step) * direction < t * direction)
+
+            step = jax.lax.while_loop(is_behind, lambda step: step + 1, step)
+            interpolant = tree.take(record.recent, step)
+            row = self._row(jnp.where(wanted, t, interpolant.start), interpolant)
+            return step, put(rows, index, tree.where(wanted, row, tree.take(rows, index)))
+
+        start, last = min_lane(record.saved), max_lane(saved)
+        return jax.lax.fori_loop(start, last, save_row, (jnp.zeros((), jnp.int32), record.rows))[1]
+
+    def _save_blocks(self, record: Window, steps: Int[Array, ""], saved: Int[Array, ""], direction: Scalar) -> Arrays:
+        ts = self.rows.ts
         block = min(len(ts), self.segment_limit)
-        filled = jnp.arange(record.recent.end.shape[0]) < place.position
+        filled = jnp.arange(record.recent.end.shape[0]) < steps
         ends = jnp.where(filled, record.recent.end * direction, jnp.inf)
-        saved = jnp.sum(ts * direction <= now * direction, dtype=jnp.int32)
 
         def save_block(carry: tuple[Int[Array, ""], Arrays]) -> tuple[Int[Array, ""], Arrays]:
             begin, rows = carry
@@ -185,8 +219,7 @@ class RowRecorder(AbstractRecorder):
             return begin + block, put_block(rows, index, new)
 
         start, last = (min_lane(record.saved), record.rows), max_lane(saved)
-        rows = jax.lax.while_loop(lambda carry: carry[0] < last, save_block, start)[1]
-        return Window(record.recent, rows, saved)
+        return jax.lax.while_loop(lambda carry: carry[0] < last, save_block, start)[1]
 
     def _row(self, t: Scalar, note: InterpolantNote) -> Arrays:
         return self.rows.apply(t, note.interpolant().evaluate(t), self.problem.args)

@@ -4,11 +4,13 @@ from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 from adjoint_jax import tree
 from adjoint_jax.hoisting import hoisted
+from adjoint_jax.lanes import in_lanes
 from adjoint_jax.problem import Problem
 from adjoint_jax.tree import Arrays, Scalar
 
@@ -64,6 +66,25 @@ class Rows(eqx.Module):
     def apply(self, t: Scalar, y: Arrays, args: PyTree[Any]) -> Arrays:
         """One row."""
         return observe(self.fn, t, y, args)
+
+    def until(self, now: Scalar, direction: Scalar) -> Int[Array, ""]:
+        """How many rows do not lie behind `now`: by bisection. Lanes, which would have to gather, look at all rows."""
+        return in_lanes(_bisected, _counted)(self.ts, now, direction)
+
+
+def _bisected(ts: Float[Array, " rows"], now: Scalar, direction: Scalar) -> Int[Array, ""]:
+    def halved(_: Array, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
+        low, high = bounds
+        middle = tree.quotient(low + high, 2)
+        passed = (low < high) & (tree.take(ts, middle) * direction <= now * direction)
+        return jnp.where(passed, middle + 1, low), jnp.where(passed, high, middle)
+
+    bounds = jnp.zeros((), jnp.int32), jnp.full((), len(ts), jnp.int32)
+    return jax.lax.fori_loop(0, len(ts).bit_length(), halved, bounds)[0]
+
+
+def _counted(ts: Float[Array, " rows"], now: Scalar, direction: Scalar) -> Int[Array, ""]:
+    return jnp.sum(ts * direction <= now * direction, dtype=jnp.int32)
 
 
 class Requests(eqx.Module):

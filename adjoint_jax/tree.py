@@ -79,12 +79,14 @@ def buffer(length: int, like: Shapes, fill: float = 0.0) -> Arrays:
 
 def take_block(rows: Arrays, index: Int[Array, ""], length: int) -> Arrays:
     """`rows[index : index + length]`, the index clamped so that the block lies inside."""
-    return map(lambda many: jax.lax.dynamic_slice_in_dim(many, index, length, 0, allow_negative_indices=False), rows)
+    return map(lambda many: jax.lax.dynamic_slice_in_dim(many, index, length, 0), rows)
 
 
 def take(rows: Arrays, index: Int[Array, ""]) -> Arrays:
     """`rows[index]`, the index clamped to the buffer."""
-    return map(lambda block: jax.lax.squeeze(block, (0,)), take_block(rows, index, 1))
+    return map(
+        lambda many: jax.lax.dynamic_index_in_dim(many, index, 0, keepdims=False, allow_negative_indices=False), rows
+    )
 
 
 def take_rows(rows: Arrays, indices: Int[Array, " n"]) -> Arrays:
