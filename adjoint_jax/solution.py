@@ -38,9 +38,9 @@ _EXPLANATIONS = {
         "(many rejected steps, tiny step sizes), use another method."
     ),
     Status.STEP_SIZE_UNDERFLOW: (
-        "The error estimate stays too large however small the step. Look for a jump of the vector field (pass it in "
-        "PIDController(jump_ts=...)), a singularity of the solution, or a dtmin that is too large; a float32 time far from "
-        "zero may need float64."
+        "Steps became too small: the error estimate stays too large however short they are, or they no longer change the "
+        "time. Look for a jump of the vector field (pass it in PIDController(jump_ts=...)), a singularity of the solution, "
+        "a dtmin that is too large, or a dt or dt0 that is too small; a float32 time far from zero may need float64."
     ),
     Status.NON_FINITE: (
         "The state or the vector field became NaN or infinite, and shorter steps did not help. Look at "

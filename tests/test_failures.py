@@ -394,3 +394,38 @@ def test_a_failing_lane_touches_no_other(controller):
             is_step = [getattr(key, "idx", None) for key in path][:2] in ([0, 2], [1, 2])
             tolerance = loose if is_step else rtol
             np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance, err_msg=f"lane {lane}, {path}")
+
+
+@pytest.mark.parametrize(
+    ("controller", "dt0"), [(PID, 1e-20), (aj.PIDController(dtmax=1e-20), None), (aj.ConstantStepSize(1e-20), None)]
+)
+def test_a_step_that_does_not_change_the_time_is_the_end(controller, dt0):
+    """It is exact, and the next one would be too."""
+    solution = aj.solve(decay, 1.0, 2.0, 1.0, controller=controller, dt0=dt0, throw=False)
+    assert solution.status == Status.STEP_SIZE_UNDERFLOW
+    assert solution.t_end == 1.0
+    assert (solution.stats.accepted, solution.stats.rejected) == (0, 1)
+
+
+def fails_at_its_end(t, y, args):
+    rate, end = args
+    return jnp.where(t > end, jnp.nan, -rate * y)
+
+
+def test_gradients_of_lanes_where_steps_are_taken_again_behind_failures():
+    """One lane cannot start, one fails in the first segment of steps, one in a later one; their steps are chosen again in
+    lockstep. What each saved before its end has the gradient of a closed form."""
+    ts, starts = jnp.array([1.1, 1.7, 2.9]), jnp.array([1e-20, 1e-3, 1e-3, 1e-3])
+    ends, reached = jnp.array([5.0, 1.2, 2.4, 5.0]), jnp.array([0, 1, 2, 3])
+    options = {"controller": aj.PIDController(1e-9, 1e-9, dtmax=2e-3), "throw": False}
+
+    def loss(rate, end, dt0, reached):
+        solution = aj.solve(fails_at_its_end, 1.0, 3.0, 1.0, (rate, end), dt0=dt0, saveat=aj.SaveAt(ts), **options)
+        return jnp.sum(jnp.where(jnp.arange(3) < reached, solution.ys, 0.0)), solution.stats.accepted
+
+    rates = jnp.array([0.5, 1.0, 1.5, 2.0])
+    ours, accepted = jax.jit(jax.vmap(jax.grad(loss, has_aux=True)))(rates, ends, starts, reached)
+    exact = -(ts - 1.0) * jnp.exp(-rates[:, None] * (ts - 1.0))
+    expected = jnp.sum(jnp.where(jnp.arange(3) < reached[:, None], exact, 0.0), axis=1)
+    assert accepted[0] == 0 < accepted[1] < 256 < accepted[2] < accepted[3]
+    np.testing.assert_allclose(ours, expected, rtol=1e-7)
