@@ -7,16 +7,18 @@ import time
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from adjoint_jax.diagnostics.counting import CountedField, Tally, pulled_back
 from benchmarks import imports, machine, references
 from benchmarks.cases import Case, Contestant, Measured, Mode
 from benchmarks.lengths import LENGTHS, Length
-from benchmarks.problems import Problem
+from benchmarks.problems import Equation, Field, Problem
 from benchmarks.programs import Build, Executable, Outcome
 from benchmarks.results import Measurement, as_json
 from benchmarks.rows import rows
@@ -95,16 +97,28 @@ def imported(case: Case, problem: Problem, length: Length) -> Iterator[Measureme
 
 
 def counted(case: Case, problem: Problem, length: Length) -> Iterator[Measurement]:
-    """Evaluations and vector-Jacobian products of one gradient of ours."""
+    """Evaluations and vector-Jacobian products of one gradient in JAX, by whatever library."""
     del length
     for contestant in case.contestants:
         blank = dataclasses.replace(_blank(case, problem, contestant, Mode.COUNTED), tolerance=case.tolerances[0])
+        tally = Tally()
+        counting = dataclasses.replace(problem, equation=CountedEquation(problem.equation, tally))
         try:
-            counts = contestant.load()(problem, case.quantity).counts(case.tolerances[0])
+            contestant.load()(counting, case.quantity).ready(case.tolerances[0]).call()
         except Exception as error:
             yield _failed(blank, error)
             continue
-        yield dataclasses.replace(blank, told={name: float(value) for name, value in counts._asdict().items()})
+        yield dataclasses.replace(blank, told={name: float(value) for name, value in tally.counts._asdict().items()})
+
+
+class CountedEquation(NamedTuple):
+    """A right-hand side whose evaluations and vector-Jacobian products are counted as JAX's programs execute them."""
+
+    equation: Equation
+    tally: Tally
+
+    def field(self, xp: ModuleType) -> Field:
+        return CountedField(self.equation.field(xp), self.tally, pulled_back)
 
 
 SLOW = 0.5

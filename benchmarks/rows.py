@@ -76,7 +76,7 @@ def _lotka_volterra_gradient(length: Length) -> Row:
         for against, ratio in (((by.JAX_ODE.name,), 0.6), (ALL_DIFFRAX, 0.35))
     )
     race = _race("gradient", problems.lotka_volterra, GRADIENT, ours + peers, tolerances)
-    counted = _also(race, Mode.COUNTED, (by.DISCRETE,))
+    counted = _also(race, Mode.COUNTED, (by.DISCRETE, by.DIFFRAX, by.DIFFRAX_TUNED, by.JAX_ODE))
     return Row("Lotka-Volterra, 100 save times, float64: gradient", (race, counted), tuple(wants))
 
 
@@ -103,7 +103,8 @@ def _small_network(length: Length) -> Row:
         ours + _NETWORK_PEERS,
         length.of((1e-4, 1e-3, 1e-6)),
     )
-    counted = _also(race, Mode.COUNTED, (by.DISCRETE, by.LINEARISATIONS, by.GAUSS))
+    peers = (by.DIFFRAX_TUNED, by.DIFFRAX_BACKSOLVE, by.JAX_ODE)
+    counted = _also(race, Mode.COUNTED, (by.DISCRETE, by.LINEARISATIONS, by.GAUSS, by.BACKSOLVE, *peers))
     wants = (Want("gradient", by.DISCRETE.name, EVERY_PEER, 0.7, 1e-4),)
     return Row("Neural ODE 16-64-64-16, batch 128, float32", (race, counted), wants)
 
@@ -121,7 +122,8 @@ def _large_network(length: Length) -> Row:
         length.of((1e-4, 1e-3, 1e-6)),
     )
     wants = (Want("gradient", by.DISCRETE.name, EVERY_PEER, 0.85, 1e-4),)
-    return Row("Neural ODE 64-512-512-64, batch 256, float32", (race,), wants)
+    counted = _also(race, Mode.COUNTED, (by.DISCRETE, by.LINEARISATIONS, by.GAUSS, by.DIFFRAX_TUNED, by.JAX_ODE))
+    return Row("Neural ODE 64-512-512-64, batch 256, float32", (race, counted), wants)
 
 
 def _wide_networks(length: Length) -> Row:
@@ -134,6 +136,8 @@ def _wide_networks(length: Length) -> Row:
         narrow = (by.DISCRETE, by.GAUSS, by.BACKSOLVE, by.DIFFRAX_TUNED, by.JAX_ODE)
         who = ours + _NETWORK_PEERS if width == max(problems.WIDTHS) else narrow
         races.append(_race(f"gradient, width {width}", problem, GRADIENT, who, tolerances, parameters))
+    counted = (by.DISCRETE, by.LINEARISATIONS, by.GAUSS, by.BACKSOLVE, by.DIFFRAX_TUNED, by.JAX_ODE)
+    races.append(_also(races[-1], Mode.COUNTED, counted))
     case = f"gradient, width {max(problems.WIDTHS)}"
     own = ((by.GAUSS.name, 2.0), (by.BACKSOLVE.name, 2.0))
     wants = (

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hlo import Program
+from hlo import FREE, Program
 from problems import lotka_volterra
 
 import adjoint_jax as aj
@@ -82,6 +82,28 @@ def test_arrays_in_the_loops_over_steps_are_small(quantity, loops):
     compiled = program("adaptive", quantity, False)
     kernels, largest = compiled.kernels(), compiled.largest_arrays()
     assert sum(kernels[name] >= 20 and largest[name] <= 512 for name in kernels) == loops
+
+
+LARGE = 65_536
+
+
+@pytest.mark.parametrize(("quantity", "in_one", "in_all", "copies"), [("forward", 11, 11, 0), ("gradient", 12, 50, 8)])
+def test_passes_over_large_states(quantity, in_one, in_all, copies):
+    """Kernels of loop bodies that read or write a whole state of many cells: an attempted step is one for each of its six
+    new stages, whose combination and evaluation are one, and five more; a stage of the transposed step is a few."""
+
+    def end(y0):
+        def ring(t, y, args):
+            return 0.5 * jnp.roll(y, 1) - y
+
+        return jnp.sum(aj.solve(ring, 0.0, 1.0, y0, controller=aj.PIDController(1e-6, 1e-6), throw=False).ys ** 2)
+
+    compiled = Program(jax.jit(jax.grad(end) if quantity == "gradient" else end).lower(jnp.ones(LARGE)).compile())
+    passes = [[i for i in body if i.operation not in FREE | {"call"}] for body in compiled.loops().values()]
+    large = [[i for i in body if i.largest_array >= 8 * LARGE] for body in passes]
+    assert max(map(len, large)) <= in_one
+    assert sum(map(len, large)) <= in_all
+    assert sum(i.operation == "copy" for body in large for i in body) <= copies
 
 
 @pytest.mark.parametrize(

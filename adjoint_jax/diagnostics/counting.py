@@ -76,10 +76,10 @@ class CountingAdjoint(AbstractAdjoint):
 
     def solve(self, inputs: Inputs, run: Run) -> tuple[Saved, Report]:
         problem = inputs.problem
-        mark = _pushed_forward if isinstance(self.adjoint, ForwardMode) else _pulled_back
+        mark = pushed_forward if isinstance(self.adjoint, ForwardMode) else pulled_back
 
         def counted(field: VectorField) -> VectorField:
-            return _CountedField(field, self.tally, mark)
+            return CountedField(field, self.tally, mark)
 
         field = problem.vector_field
         counting = field.mapped(counted) if isinstance(field, Split) else counted(field)
@@ -90,8 +90,9 @@ class CountingAdjoint(AbstractAdjoint):
 Mark = Callable[[Counter, Scalar, Arrays], Arrays]
 
 
-class _CountedField(eqx.Module):
-    """A field with marks on its inputs, through which derivatives pass, and on its value."""
+class CountedField(eqx.Module):
+    """A field with marks on its inputs, through which derivatives pass, and on its value. `mark`: `pulled_back` or
+    `pushed_forward`."""
 
     field: VectorField
     tally: Tally = eqx.field(static=True)
@@ -131,30 +132,30 @@ def _evaluated_jvp(counter: Counter, primals: Any, tangents: Any) -> tuple[Array
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _pushed_forward(counter: Counter, t: Scalar, values: Arrays) -> Arrays:
+def pushed_forward(counter: Counter, t: Scalar, values: Arrays) -> Arrays:
     """The values, whose tangents are counted."""
     del counter
     return _along(t, values)
 
 
-@_pushed_forward.defjvp
+@pushed_forward.defjvp
 def _pushed_forward_jvp(counter: Counter, primals: Any, tangents: Any) -> tuple[Arrays, Arrays]:
-    return _pushed_forward(counter, *primals), _noted(counter, primals[0], tangents[1])
+    return pushed_forward(counter, *primals), _noted(counter, primals[0], tangents[1])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _pulled_back(counter: Counter, t: Scalar, values: Arrays) -> Arrays:
+def pulled_back(counter: Counter, t: Scalar, values: Arrays) -> Arrays:
     """The values, whose cotangents are counted."""
     del counter
     return _along(t, values)
 
 
 def _pulled_back_forward(counter: Counter, t: Scalar, values: Arrays) -> tuple[Arrays, Scalar]:
-    return _pulled_back(counter, t, values), t
+    return pulled_back(counter, t, values), t
 
 
 def _pulled_back_backward(counter: Counter, t: Scalar, cotangent: Arrays) -> tuple[Scalar, Arrays]:
     return jnp.zeros_like(t), _noted(counter, t, cotangent)
 
 
-_pulled_back.defvjp(_pulled_back_forward, _pulled_back_backward)
+pulled_back.defvjp(_pulled_back_forward, _pulled_back_backward)

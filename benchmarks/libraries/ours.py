@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import adjoint_jax as aj
 from adjoint_jax.adjoints.adjoint import AbstractAdjoint
 from adjoint_jax.controllers.controller import AbstractController
-from adjoint_jax.diagnostics.counting import CountingAdjoint, Counts, Tally
 from adjoint_jax.solvers.solver import AbstractSolver
 from benchmarks.problems import Problem
 from benchmarks.programs import Derivative, JaxProgram, Program, Quantity, Solve, Told, forward_gradient
@@ -33,29 +32,6 @@ def solve_by(problem: Problem, adjoint: AbstractAdjoint, solver: AbstractSolver)
     return solve
 
 
-class OurProgram(JaxProgram):
-    """A solve of ours, which knows its adjoint, so that the work of the gradient can be counted."""
-
-    def __init__(
-        self,
-        problem: Problem,
-        quantity: Quantity,
-        adjoint: AbstractAdjoint,
-        solver: AbstractSolver,
-        derivative: Derivative = jax.grad,
-    ):
-        super().__init__(problem, quantity, solve_by(problem, adjoint, solver), derivative)
-        self.adjoint, self.solver = adjoint, solver
-
-    def counts(self, tolerance: float | None) -> Counts:
-        """What one call does with the vector field, counted as it is executed."""
-        tally = Tally()
-        solve = solve_by(self.problem, CountingAdjoint(self.adjoint, tally), self.solver)
-        counted = JaxProgram(self.problem, self.quantity, solve, self.derivative).ready(tolerance)
-        counted.call()
-        return tally.counts
-
-
 @dataclasses.dataclass(frozen=True)
 class With:
     """A choice of an adjoint and a method. `bounded`: told a tight bound on the steps, as tuned peers are."""
@@ -68,7 +44,7 @@ class With:
     def __call__(self, problem: Problem, quantity: Quantity) -> Program:
         if self.bounded:
             problem = dataclasses.replace(problem, max_steps=problem.bound)
-        return OurProgram(problem, quantity, self.adjoint, self.solver, self.derivative)
+        return JaxProgram(problem, quantity, solve_by(problem, self.adjoint, self.solver), self.derivative)
 
 
 _tsit5, _rk4, _rodas5p = aj.Tsit5(), aj.RK4(), aj.Rodas5P()
@@ -89,4 +65,5 @@ kvaerno5 = With(aj.DiscreteAdjoint(), aj.Kvaerno5())
 def square_root_checkpoints_rk4(problem: Problem, quantity: Quantity) -> Program:
     """As many checkpoints as the square root of the number of steps."""
     assert problem.steps is not None
-    return OurProgram(problem, quantity, aj.DiscreteAdjoint(checkpoints=round(problem.steps**0.5)), _rk4)
+    adjoint = aj.DiscreteAdjoint(checkpoints=round(problem.steps**0.5))
+    return JaxProgram(problem, quantity, solve_by(problem, adjoint, _rk4))
