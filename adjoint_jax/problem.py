@@ -130,7 +130,9 @@ class Problem(eqx.Module):
     @property
     def multiplies_matrices(self) -> bool:
         """Whether the vector field does, so that XLA cannot fuse one evaluation with the next."""
-        return multiplies_matrices(jax.make_jaxpr(self.field)(self.t0, self.y0).jaxpr)
+        field = self.vector_field
+        traced = field if isinstance(field, Hoisted) else jax.make_jaxpr(self.field)(self.t0, self.y0)
+        return multiplies_matrices(traced.jaxpr)
 
     @property
     def is_small(self) -> bool:
