@@ -193,17 +193,19 @@ class _Tally(NamedTuple):
 
 
 class _Known(NamedTuple):
-    """How an integration went whose steps are taken again: up to this time."""
+    """How an integration went whose steps are taken again: up to some time. Lanes count their attempts together: should one
+    be an ulp away from where it failed, it goes on failing, but not for ever."""
 
     reached: Scalar
+    left: Int[Array, ""]
 
     def goes_on(self, t: Scalar, t1: Scalar) -> Bool[Array, ""]:
-        del t1
-        return t != self.reached
+        is_before = ((t < self.reached) & (t < t1)) | ((t > self.reached) & (t > t1))
+        return is_before & (self.left > 0)
 
     def after(self, ending: _Ending, max_steps: int) -> "_Known":
         del ending, max_steps
-        return self
+        return self._replace(left=self.left - 1)
 
     def with_more(self, evaluations: Int[Array, ""]) -> "_Known":
         del evaluations
@@ -289,7 +291,7 @@ class _SteppingLoop(NamedTuple):
         if self.solver.reuses_last_stage:
             first = self.controller.interval(walk.t, self.problem.t1).first
             walk = walk._replace(slope=self.solver.slope(self.problem, first, walk.state))
-        journey = self._journey(walk, _Known(stretch.reached))
+        journey = self._journey(walk, _Known(stretch.reached, jnp.full((), self.max_steps, jnp.int32)))
         progress = _Progress(journey, any_lane(journey.runs), records, Place(stretch.slot, _zero(), walk.t, mark))
         progress = jax.lax.while_loop(unfilled, lambda p: self._fill_chunk(p, stretch.chunk), progress)
         return progress.journey.walk.mark, progress.records
@@ -336,10 +338,10 @@ class _SteppingLoop(NamedTuple):
         return _Journey(walk, course, course.goes_on(walk.t, self.problem.t1))
 
     def _fill_chunk(self, progress: _Progress, slots: int) -> _Progress:
-        journey = progress.journey
-        blank = self._blank_notes(journey.walk)
+        walk, course, runs = progress.journey
+        blank = self._blank_notes(walk)
         empty = tree.map(lambda leaf: jnp.broadcast_to(leaf, (slots, *leaf.shape)), blank)
-        journey, empty = self._apart((journey, empty))
+        walk, runs, empty = self._apart((walk, runs, empty))
 
         def unfilled(chunk: _Chunk) -> Bool[Array, ""]:
             return chunk.going & (chunk.filled < slots)
@@ -352,7 +354,7 @@ class _SteppingLoop(NamedTuple):
             going, written = any_lane(jnp.stack([journey.runs, accepted]))
             return _Chunk(journey, going, notes, chunk.filled + written)
 
-        chunk = jax.lax.while_loop(unfilled, attempt, _Chunk(journey, progress.going, empty, _zero()))
+        chunk = jax.lax.while_loop(unfilled, attempt, _Chunk(_Journey(walk, course, runs), progress.going, empty, _zero()))
         place = progress.place
         triples = zip(self.recorders, progress.records, chunk.notes, strict=True)
         records = tuple(recorder.write(record, place, notes) for recorder, record, notes in triples)

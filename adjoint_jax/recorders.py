@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from adjoint_jax import tree
 from adjoint_jax.interpolation import Interpolant
 from adjoint_jax.kernels import stored
-from adjoint_jax.lanes import max_lane, min_lane, put, put_block
+from adjoint_jax.lanes import max_lane, min_lane, on_one_cpu, put, put_block
 from adjoint_jax.problem import Problem
 from adjoint_jax.quadrature import Nodes
 from adjoint_jax.saveat import Rows
@@ -176,7 +176,7 @@ class RowRecorder(AbstractRecorder):
     def flush(self, record: Window, place: Place, now: Scalar) -> Window:
         direction = jnp.where(now < self.problem.t0, -1, 1).astype(now.dtype)
         saved = self.rows.until(now, direction)
-        one_by_one = self.problem.is_small and not self.problem.is_in_lanes
+        one_by_one = on_one_cpu() and self.problem.is_small and not self.problem.is_in_lanes
         save = self._save_one_by_one if one_by_one else self._save_blocks
         return Window(record.recent, save(record, place.position, saved, direction), saved)
 

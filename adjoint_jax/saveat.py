@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from adjoint_jax import tree
 from adjoint_jax.hoisting import hoisted
-from adjoint_jax.lanes import in_lanes
+from adjoint_jax.lanes import in_lanes, on_one_cpu
 from adjoint_jax.problem import Problem
 from adjoint_jax.tree import Arrays, Scalar
 
@@ -68,8 +68,9 @@ class Rows(eqx.Module):
         return observe(self.fn, t, y, args)
 
     def until(self, now: Scalar, direction: Scalar) -> Int[Array, ""]:
-        """How many rows do not lie behind `now`: by bisection. Lanes, which would have to gather, look at all rows."""
-        return in_lanes(_bisected, _counted)(self.ts, now, direction)
+        """How many rows do not lie behind `now`: on a CPU by bisection. Lanes would have to gather: they look at all."""
+        search = in_lanes(_bisected, _counted) if on_one_cpu() else _counted
+        return search(self.ts, now, direction)
 
 
 def _bisected(ts: Float[Array, " rows"], now: Scalar, direction: Scalar) -> Int[Array, ""]:
