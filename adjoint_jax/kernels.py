@@ -228,8 +228,8 @@ class _Lanes(NamedTuple):
 
         def cut(operand: Any) -> Array:
             more = blocks * size - self.number
-            filled = jnp.concatenate([operand, *[operand[-1:]] * more]) if more else operand
-            return filled.reshape(blocks, size, *operand.shape[1:])
+            last = jnp.broadcast_to(operand[-1], (more, *operand.shape[1:]))
+            return jnp.concatenate([operand, last]).reshape(blocks, size, *operand.shape[1:])
 
         def block(own: list[Any]) -> list[Any]:
             left = iter(own)

@@ -118,6 +118,11 @@ class Problem(eqx.Module):
         return Rates(self.field(t, y), () if self.running_cost is None else self.running_cost(t, y, self.args))
 
     @property
+    def direction(self) -> Scalar:
+        """1 if time runs forward, else -1."""
+        return jnp.where(self.t1 < self.t0, -1, 1).astype(self.t0.dtype)
+
+    @property
     def is_in_scalars(self) -> bool:
         """Whether its state and its parameters are tuples of scalars, and nothing else is computed with."""
         return isinstance(self.vector_field, ScalarProgram)

@@ -123,8 +123,8 @@ class Window(NamedTuple):
 
 class RowRecorder(AbstractRecorder):
     """Saves `rows.fn(t, y(t), args)` at given times: holds the interpolants of a segment, then evaluates all times that
-    the segment covers, in blocks. So a step costs one write, hundreds of times inside it cost one pass, and lanes that
-    have come to different times share all indices."""
+    the segment covers, in blocks (a small problem on a CPU one by one). So a step costs one write, hundreds of times inside
+    it cost one pass, and lanes that have come to different times share all indices."""
 
     longest_segment: ClassVar[int] = 32
     segment_bytes: ClassVar[int] = 64 * 1024
@@ -152,7 +152,7 @@ class RowRecorder(AbstractRecorder):
         """All rows, of which those at t0 are known, and how many these are."""
         problem, ts = self.problem, self.rows.ts
         at_t0 = self.rows.apply(problem.t0, problem.y0, problem.args)
-        count = self.rows.until(problem.t0, jnp.where(problem.t1 < problem.t0, -1, 1).astype(ts.dtype))
+        count = self.rows.until(problem.t0, problem.direction)
 
         def unknown(value: Array) -> Array:
             blank = jnp.nan if jnp.issubdtype(value.dtype, jnp.inexact) else 0
@@ -174,16 +174,15 @@ class RowRecorder(AbstractRecorder):
         return jnp.any((self.rows.ts - start) * (self.rows.ts - end) <= 0)
 
     def flush(self, record: Window, place: Place, now: Scalar) -> Window:
-        direction = jnp.where(now < self.problem.t0, -1, 1).astype(now.dtype)
-        saved = self.rows.until(now, direction)
+        saved = self.rows.until(now, self.problem.direction)
         one_by_one = on_one_cpu() and self.problem.is_small and not self.problem.is_in_lanes
         save = self._save_one_by_one if one_by_one else self._save_blocks
-        return Window(record.recent, save(record, place.position, saved, direction), saved)
+        return Window(record.recent, save(record, place.position, saved), saved)
 
-    def _save_one_by_one(self, record: Window, steps: Int[Array, ""], saved: Int[Array, ""], direction: Scalar) -> Arrays:
+    def _save_one_by_one(self, record: Window, steps: Int[Array, ""], saved: Int[Array, ""]) -> Arrays:
         """For programs that are one kernel: those of which XLA counts fewer than 1,000 operations, once for each that is
         written in a loop, are run without a change of threads, which takes as long as a small solve."""
-        ends = record.recent.end
+        ends, direction = record.recent.end, self.problem.direction
 
         def save_row(index: Array, carry: tuple[Int[Array, ""], Arrays]) -> tuple[Int[Array, ""], Arrays]:
             step, rows = carry
@@ -200,8 +199,8 @@ class RowRecorder(AbstractRecorder):
         start, last = min_lane(record.saved), max_lane(saved)
         return jax.lax.fori_loop(start, last, save_row, (jnp.zeros((), jnp.int32), record.rows))[1]
 
-    def _save_blocks(self, record: Window, steps: Int[Array, ""], saved: Int[Array, ""], direction: Scalar) -> Arrays:
-        ts = self.rows.ts
+    def _save_blocks(self, record: Window, steps: Int[Array, ""], saved: Int[Array, ""]) -> Arrays:
+        ts, direction = self.rows.ts, self.problem.direction
         block = min(len(ts), self.segment_limit)
         filled = jnp.arange(record.recent.end.shape[0]) < steps
         ends = jnp.where(filled, record.recent.end * direction, jnp.inf)

@@ -11,6 +11,9 @@ import pytest
 
 import adjoint_jax as aj
 from adjoint_jax import Status
+from adjoint_jax.integrate import Integrator, Stretch
+from adjoint_jax.problem import Problem
+from adjoint_jax.recorders import AbstractRecorder
 
 TS = np.array([0.1, 0.25, 0.4, 0.9, 2.5])
 """Of the problems below, those that stop do so between 0.4 and 0.9 or later; nothing in them reaches 2.5 but the end."""
@@ -429,3 +432,28 @@ def test_gradients_of_lanes_where_steps_are_taken_again_behind_failures():
     expected = jnp.sum(jnp.where(jnp.arange(3) < reached[:, None], exact, 0.0), axis=1)
     assert accepted[0] == 0 < accepted[1] < 256 < accepted[2] < accepted[3]
     np.testing.assert_allclose(ours, expected, rtol=1e-7)
+
+
+class FirstMark(AbstractRecorder):
+    """Records where an integration starts."""
+
+    def start(self, problem, layout, mark):
+        return mark
+
+    def note(self, step, accepted):
+        return ()
+
+    def write(self, record, place, notes):
+        return record
+
+
+def test_steps_are_not_taken_again_for_ever():
+    """Told that an integration came further than it can, and of more steps than there are, it fails no more often than it
+    may attempt steps."""
+    integrator = Integrator(aj.Tsit5(), PID.prepare(jnp.float64), None, 50)
+    problem = Problem(nan_after_half, None, (), jnp.ones(()), jnp.zeros(()), jnp.ones(()))
+    outcome = integrator(problem, [FirstMark()], jnp.array(True))
+    stretch = Stretch(jnp.int32(0), jnp.int32(1000), 8, jnp.array(0.9))
+    again = jax.jit(lambda mark: integrator.again(problem, mark, stretch, None, None)[0])(outcome.records[0])
+    assert outcome.report.status == Status.NON_FINITE
+    assert 0.49 < again.choice.t <= 0.5

@@ -9,6 +9,7 @@ from problems import lotka_volterra
 import adjoint_jax as aj
 from adjoint_jax import kernels
 from adjoint_jax.lanes import apart, are_lanes, put, put_block, slots_first
+from adjoint_jax.saveat import Rows
 
 X = jnp.arange(1.0, 4.0)
 
@@ -103,6 +104,18 @@ def test_writing_at_an_index_of_each_lane():
     np.testing.assert_array_equal(rows, np.diag(X))
     shared = jax.vmap(lambda i: put_block(jnp.zeros(3), i, jnp.ones(2)))(jnp.arange(2))
     np.testing.assert_array_equal(shared, [[1, 1, 0], [0, 1, 1]])
+
+
+@pytest.mark.parametrize("direction", [1.0, -1.0])
+@pytest.mark.parametrize("count", [1, 2, 3, 8, 9, 100])
+def test_rows_up_to_a_time(count, direction):
+    """One time by bisection, those of lanes by looking at all rows; with repetitions, and with times on rows."""
+    ts = direction * np.sort(np.random.default_rng(count).integers(0, 40, count) / 4)
+    times = direction * np.arange(-1, 42) / 4
+    rows, expected = Rows(jnp.asarray(ts), None), [np.sum(direction * ts <= direction * now) for now in times]
+    until = jax.jit(lambda now: rows.until(now, jnp.array(direction)))
+    np.testing.assert_array_equal([until(now) for now in times], expected)
+    np.testing.assert_array_equal(jax.vmap(lambda now: rows.until(now, jnp.array(direction)))(times), expected)
 
 
 def test_a_slot_of_all_lanes_lies_together():

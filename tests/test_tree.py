@@ -28,3 +28,12 @@ def test_contractions_are_those_of_numpy(count, size, dtype):
 def test_large_rows_are_not_reduced(bytes_of_row, reduces):
     program = jax.make_jaxpr(tree.contract)(jnp.ones(7), jnp.ones((7, bytes_of_row // 8)))
     assert ("reduce_sum" in {equation.primitive.name for equation in program.jaxpr.eqns}) is reduces
+
+
+def test_rows_and_blocks():
+    rows, indices = jnp.arange(6.0).reshape(3, 2), jnp.array([2, 0, 7])
+    np.testing.assert_array_equal(tree.take_rows(rows, indices), rows[np.array([2, 0, 2])])
+    numbers = np.arange(20)
+    np.testing.assert_array_equal(jax.vmap(lambda n: tree.quotient(n, 7))(numbers), numbers // 7)
+    np.testing.assert_array_equal(jax.vmap(lambda n: tree.remainder(n, 7))(numbers), numbers % 7)
+    np.testing.assert_array_equal(jax.vmap(lambda n: tree.blocks(n, 7))(numbers), np.ceil(numbers / 7))

@@ -158,7 +158,7 @@ def times_cotangent(
 
 def reached_rows(problem: Problem, report: Report, ts: Float[Array, " rows"]) -> Bool[Array, " rows"]:
     """Which of the times were reached."""
-    direction = jnp.where(problem.t1 < problem.t0, -1, 1).astype(ts.dtype)
+    direction = problem.direction
     return (report.status == Status.SUCCESS) | (ts * direction <= report.reached * direction)
 
 

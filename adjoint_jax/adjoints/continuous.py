@@ -173,7 +173,7 @@ class _Asked:
     def scaled(self, resets: list[Observations]) -> tuple[Observations, Final, Scalar]:
         """All observations in the order of their times, the end of the way, and the scale: all cotangents are divided by
         it. The sweep starts at the time reached or, where t1 was not, at that of the last observation before."""
-        problem, report, direction = self.way.problem, self.way.report, self.way.direction
+        problem, report, direction = self.way.problem, self.way.report, self.way.problem.direction
         scale = self._scale()
         failed = report.status != Status.SUCCESS
         observations = self._merged([*self.sources, *resets])
@@ -219,7 +219,7 @@ class _Asked:
         merged = tree.map(lambda *leaves: jnp.concatenate(leaves), *sources)
         if len(sources) == 1:
             return merged
-        order = jnp.argsort(merged.times * self.way.direction, stable=True)
+        order = jnp.argsort(merged.times * self.way.problem.direction, stable=True)
         return tree.map(lambda leaf: leaf[order], merged)
 
 

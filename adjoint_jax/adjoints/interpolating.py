@@ -127,10 +127,9 @@ class _SegmentSweep(NamedTuple):
 
     def over_segment(self, segment: Segment, stand: _Stand) -> _Stand:
         """From the segment's end to its start, with the observations in between."""
-        system = _Along(
-            self.way.problem, self.cost, _interpolants(self.way, self.trail, segment), segment.steps, self.way.direction
-        )
-        begin, direction = segment.times[0], self.way.direction
+        begin, direction = segment.times[0], self.way.problem.direction
+        interpolants = _interpolants(self.way, self.trail, segment)
+        system = _Along(self.way.problem, self.cost, interpolants, segment.steps, direction)
 
         def observed(stand: _Stand) -> Bool[Array, ""]:
             return tree.take(self.observations.times, stand.left - 1) * direction > begin * direction

@@ -31,8 +31,7 @@ class Pulled(NamedTuple):
     @staticmethod
     def nothing(rows: Rows, way: Way) -> "Pulled":
         """All rows up to the time reached are left."""
-        direction = way.direction
-        left = jnp.sum(rows.ts * direction <= way.report.reached * direction, dtype=jnp.int32)
+        left = rows.until(way.report.reached, way.problem.direction)
         inexact = (eqx.filter(value, eqx.is_inexact_array) for value in (rows.fn, way.problem.args))
         return Pulled(left, *(tree.zeros_like(leaves) for leaves in inexact))
 
@@ -96,7 +95,7 @@ class RowPull(NamedTuple):
         return jax.lax.while_loop(more, pull, start)
 
     def _behind_start(self, ts: Float[Array, "..."]) -> Bool[Array, "..."]:
-        direction = self.way.direction
+        direction = self.way.problem.direction
         return ts * direction > self.steps.starts[0] * direction
 
     def _interpolants(self, wanted: Bool[Array, ""]) -> Interpolant:
@@ -137,7 +136,7 @@ class RowPull(NamedTuple):
 
     def _step_of(self, t: Scalar) -> Int[Array, ""]:
         """The step in which a row lies."""
-        direction, steps = self.way.direction, self.steps
+        direction, steps = self.way.problem.direction, self.steps
         passed = (steps.ends * direction < t * direction) & (jnp.arange(len(steps.ends)) < steps.valid)
         return jnp.sum(passed, dtype=jnp.int32)
 

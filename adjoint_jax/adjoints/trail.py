@@ -35,11 +35,6 @@ class Way(NamedTuple):
     report: Report
     last: Arrays
 
-    @property
-    def direction(self) -> Scalar:
-        """1 if time ran forward, else -1."""
-        return jnp.where(self.problem.t1 < self.problem.t0, -1, 1).astype(self.problem.t0.dtype)
-
     def interval(self, start: Scalar, end: Scalar) -> Interval:
         """The step from start to end."""
         return self.integrator.controller.interval(start, end)
