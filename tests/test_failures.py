@@ -450,7 +450,7 @@ class FirstMark(AbstractRecorder):
 def test_steps_are_not_taken_again_for_ever():
     """Told that an integration came further than it can, and of more steps than there are, it fails no more often than it
     may attempt steps."""
-    integrator = Integrator(aj.Tsit5(), PID.prepare(jnp.float64), None, 50)
+    integrator = Integrator(aj.Tsit5(), PID.prepare(jnp.float64), None, 256)
     problem = Problem(nan_after_half, None, (), jnp.ones(()), jnp.zeros(()), jnp.ones(()))
     outcome = integrator(problem, [FirstMark()], jnp.array(True))
     stretch = Stretch(jnp.int32(0), jnp.int32(1000), 8, jnp.array(0.9))
