@@ -59,7 +59,7 @@ _SHAPES = """
 _PARTS = "dynamic_slice dynamic_update_slice"
 """What reads or writes parts of arrays, which may be large."""
 _CONTROL = """
-    adjoint_jax_stored adjoint_jax_stored_in_kernels closed_call cond custom_jvp_call custom_vjp_call custom_vmap_call jit
+    adjoint_jax_stored closed_call cond custom_jvp_call custom_vjp_call custom_vmap_call jit
     pjit scan while
 """
 _OF_ANY_SIZE = frozenset((*_PARTS.split(), *_CONTROL.split()))
@@ -122,21 +122,25 @@ def _blockwise(program: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
     return function
 
 
-def stored(function: Callable[..., Any], *operands: Any) -> Any:
-    """`function(*operands)`. Under `vmap`, on a single CPU, the results are computed on their own and stored: XLA's fusion
-    would compute them anew in every operation that uses them, and within one that writes into a buffer, not in vectors.
-
-    Forward-mode derivatives and programs on several devices are compiled in the usual way."""
-    return _Traced.of(function, operands).by(_stored_p)
+def stored(values: Any) -> Any:
+    """The same values. In lanes of a `vmap`, on a single CPU, each is computed on its own and stored: XLA's fusion would
+    compute it anew in every operation that uses it, and within one that writes into a buffer, not in vectors."""
+    return _stored(values, None)
 
 
-def stored_in_kernels(function: Callable[..., Any], *operands: Any) -> Any:
-    """`stored`, if all operands are scalars, and if there are so few lanes that they are one kernel. Where there are more,
-    XLA shares operations among its threads, but not those of a call: the gradient of 10,000 Lorenz lanes would take half as
-    long again."""
-    if any(jnp.ndim(operand) for operand in jax.tree.leaves(eqx.filter(operands, tree.is_traced))):
-        return function(*operands)
-    return _Traced.of(function, operands).by(_stored_in_kernels_p)
+def stored_in_kernels(values: Any) -> Any:
+    """`stored`, if all values are scalars, and if there are so few lanes that they are one kernel. Of more, what is stored
+    lies further away than it takes to compute it anew: the gradient of 10,000 Lorenz lanes would take a third longer."""
+    if any(jnp.ndim(value) for value in jax.tree.leaves(eqx.filter(values, tree.is_traced))):
+        return values
+    return _stored(values, MOST_LANES)
+
+
+def _stored(values: Any, most_lanes: int | None) -> Any:
+    traced, known = eqx.partition(values, tree.is_traced)
+    leaves, structure = jax.tree.flatten(traced)
+    same = _stored_p.bind(*leaves, lanes=None, most_lanes=most_lanes) if leaves else []
+    return eqx.combine(jax.tree.unflatten(structure, same), known)
 
 
 class _Traced(NamedTuple):
@@ -283,20 +287,6 @@ def _kernel(*operands: Any, program: _Program, lanes: _Lanes | None) -> list[Any
     return _marked(*operands, program=together) if suits else together(*operands)
 
 
-def _apart(*operands: Any, program: _Program, lanes: _Lanes | None) -> list[Any]:
-    """In lanes, a call that XLA does not write out where it is called."""
-    if lanes is None:
-        return program(*operands)
-    results = jax.jit(lanes.of(program))(*operands)
-    set_xla_metadata(results[0], **_ALONE)
-    return results
-
-
-def _apart_in_kernels(*operands: Any, program: _Program, lanes: _Lanes | None) -> list[Any]:
-    is_one_kernel = lanes is not None and lanes.number <= MOST_LANES
-    return (_apart if is_one_kernel else _evaluated)(*operands, program=program, lanes=lanes)
-
-
 def _derivative(
     primals: Sequence[Any], tangents: Sequence[Any], *, program: _Program, lanes: _Lanes | None
 ) -> tuple[list[Any], list[Any]]:
@@ -317,35 +307,72 @@ def _takes_attributes(context: Any) -> bool:
     return is_alone and SINCE <= jax.__version_info__[:2] < BEFORE
 
 
-def _call(name: str, on_cpu: Callable[..., list[Any]]) -> Primitive:
-    """A primitive that evaluates a program, or many lanes of it, on a single CPU in its own way."""
-    primitive = Primitive(name)
-
-    def in_lanes(
-        operands: Sequence[Any], axes: Sequence[Any], *, program: _Program, lanes: _Lanes | None
-    ) -> tuple[list[Any], list[int]]:
-        operands, seen = _Lanes.seen(operands, axes)
-        if lanes is not None:
-            shapes = (jax.ShapeDtypeStruct(o.shape[d:], o.dtype) for o, d in zip(operands, seen.differ, strict=True))
-            closed = jax.make_jaxpr(lanes.of(program))(*shapes)
-            program = _Program(closed.jaxpr, closed.consts)
-        results = primitive.bind(*operands, program=program, lanes=seen)
-        return results, [0] * len(results)
+def _register(primitive: Primitive, everywhere: Callable[..., list[Any]], on_cpu: Callable[..., list[Any]]) -> None:
+    """What the primitive is, and what it is on a single CPU."""
 
     def lowered_on_cpu(context: Any, *operands: Any, **parameters: Any) -> Any:
-        function = on_cpu if _takes_attributes(context) else _evaluated
+        function = on_cpu if _takes_attributes(context) else everywhere
         return mlir.lower_fun(function, multiple_results=True)(context, *operands, **parameters)
 
     primitive.multiple_results = True
-    primitive.def_impl(_evaluated)
-    primitive.def_abstract_eval(_results)
-    batching.primitive_batchers[primitive] = in_lanes
-    ad.primitive_jvps[primitive] = _derivative
-    mlir.register_lowering(primitive, mlir.lower_fun(_evaluated, multiple_results=True))
+    primitive.def_impl(everywhere)
+    mlir.register_lowering(primitive, mlir.lower_fun(everywhere, multiple_results=True))
     mlir.register_lowering(primitive, lowered_on_cpu, platform="cpu")
-    return primitive
 
 
-_kernel_p = _call("adjoint_jax_kernel", _kernel)
-_stored_p = _call("adjoint_jax_stored", _apart)
-_stored_in_kernels_p = _call("adjoint_jax_stored_in_kernels", _apart_in_kernels)
+def _kernel_in_lanes(
+    operands: Sequence[Any], axes: Sequence[Any], *, program: _Program, lanes: _Lanes | None
+) -> tuple[list[Any], list[int]]:
+    operands, seen = _Lanes.seen(operands, axes)
+    if lanes is not None:
+        shapes = (jax.ShapeDtypeStruct(o.shape[d:], o.dtype) for o, d in zip(operands, seen.differ, strict=True))
+        closed = jax.make_jaxpr(lanes.of(program))(*shapes)
+        program = _Program(closed.jaxpr, closed.consts)
+    results = _kernel_p.bind(*operands, program=program, lanes=seen)
+    return results, [0] * len(results)
+
+
+_kernel_p = Primitive("adjoint_jax_kernel")
+_kernel_p.def_abstract_eval(_results)
+batching.primitive_batchers[_kernel_p] = _kernel_in_lanes
+ad.primitive_jvps[_kernel_p] = _derivative
+_register(_kernel_p, _evaluated, _kernel)
+
+
+def _same(*values: Any, lanes: int | None, most_lanes: int | None) -> list[Any]:
+    del lanes, most_lanes
+    return list(values)
+
+
+@jax.jit
+def _passed_on(*values: Any) -> list[Any]:
+    return list(values)
+
+
+def _apart(*values: Any, lanes: int | None, most_lanes: int | None) -> list[Any]:
+    """In lanes, the values as they come from a call, which does nothing with them: XLA is told not to write it out where it
+    is called, so that what it passes on is stored."""
+    if lanes is None or (most_lanes is not None and lanes > most_lanes):
+        return list(values)
+    results = _passed_on(*values)
+    set_xla_metadata(results[0], **_ALONE)
+    return results
+
+
+def _stored_in_lanes(
+    values: Sequence[Any], axes: Sequence[Any], *, lanes: int | None, most_lanes: int | None
+) -> tuple[list[Any], list[Any]]:
+    values, seen = _Lanes.seen(values, axes)
+    together = seen.number * (lanes or 1)
+    return _stored_p.bind(*values, lanes=together, most_lanes=most_lanes), [0 if differ else None for differ in seen.differ]
+
+
+def _stored_tangents(values: Sequence[Any], tangents: Sequence[Any], **parameters: Any) -> tuple[list[Any], list[Any]]:
+    return _stored_p.bind(*values, **parameters), list(tangents)
+
+
+_stored_p = Primitive("adjoint_jax_stored")
+_stored_p.def_abstract_eval(_same)
+batching.primitive_batchers[_stored_p] = _stored_in_lanes
+ad.primitive_jvps[_stored_p] = _stored_tangents
+_register(_stored_p, _same, _apart)

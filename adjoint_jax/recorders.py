@@ -167,6 +167,9 @@ class RowRecorder(AbstractRecorder):
     def note(self, step: Step, accepted: Bool[Array, ""]) -> InterpolantNote:
         return _noted(self.solver, step, accepted)
 
+    def blank_note(self, step: Step) -> InterpolantNote:
+        return _blank_note(self.solver, step)
+
     def write(self, record: Window, place: Place, notes: InterpolantNote) -> Window:
         return record._replace(recent=put_block(record.recent, place.position, notes))
 
@@ -265,6 +268,9 @@ class DenseRecorder(AbstractRecorder):
     def note(self, step: Step, accepted: Bool[Array, ""]) -> InterpolantNote:
         return _noted(self.solver, step, accepted)
 
+    def blank_note(self, step: Step) -> InterpolantNote:
+        return _blank_note(self.solver, step)
+
     def write(self, record: Interpolant, place: Place, notes: InterpolantNote) -> Interpolant:
         return put_block(record, place.slot, jax.vmap(InterpolantNote.interpolant)(notes))
 
@@ -309,13 +315,15 @@ class QuadratureRecorder(AbstractRecorder):
 
 def _noted(solver: AbstractSolver, step: Step, accepted: Bool[Array, ""]) -> InterpolantNote:
     """The step's interpolant, of no length if the step was not accepted."""
+    interpolant = solver.interpolant(stored(step))
+    interpolant = interpolant._replace(end=jnp.where(accepted, interpolant.end, interpolant.start))
+    return stored(InterpolantNote.of(interpolant, solver.dense_degree))
 
-    def noted(step: Step, accepted: Bool[Array, ""]) -> InterpolantNote:
-        interpolant = solver.interpolant(step)
-        interpolant = interpolant._replace(end=jnp.where(accepted, interpolant.end, interpolant.start))
-        return InterpolantNote.of(interpolant, solver.dense_degree)
 
-    return stored(noted, step, accepted)
+def _blank_note(solver: AbstractSolver, step: Step) -> InterpolantNote:
+    """An interpolant of no length at the step's start."""
+    start, y = step.interval.start, solver.output(step.before)
+    return InterpolantNote(start, start, y, [tree.zeros_like(y)] * solver.dense_degree)
 
 
 def _empty_interpolants(problem: Problem, solver: AbstractSolver, count: int) -> Interpolant:

@@ -90,8 +90,14 @@ def take(rows: Arrays, index: Int[Array, ""]) -> Arrays:
 
 
 def take_rows(rows: Arrays, indices: Int[Array, " n"]) -> Arrays:
-    """`rows[indices]`, the indices clamped to the buffer."""
-    return map(lambda many: jnp.take(many, indices, axis=0, mode="clip"), rows)
+    """`rows[indices]`, the indices clamped to the buffer: a single row whatever they are."""
+
+    def taken(many: Array) -> Array:
+        if many.shape[0] == 1:
+            return jnp.broadcast_to(many, (*indices.shape, *many.shape[1:]))
+        return jnp.take(many, indices, axis=0, mode="clip")
+
+    return map(taken, rows)
 
 
 def quotient(number: Int[Array, ""], size: int | Int[Array, ""]) -> Int[Array, ""]:

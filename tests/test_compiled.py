@@ -62,7 +62,7 @@ def test_a_small_solve_is_cheap():
         ("adaptive", "forward", False, 44, 92),
         ("adaptive", "gradient", False, 50, 196),
         ("adaptive", "forward", True, 75, 212),
-        ("adaptive", "gradient", True, 125, 570),
+        ("adaptive", "gradient", True, 100, 545),
         ("given grid", "forward", False, 9, 23),
         ("given grid", "gradient", False, 27, 62),
     ],

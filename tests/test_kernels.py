@@ -10,7 +10,7 @@ from hlo import Program
 from problems import jit, lotka_volterra
 
 import adjoint_jax as aj
-from adjoint_jax.kernels import MOST_ENTRIES, in_one_kernel, stored
+from adjoint_jax.kernels import MOST_ENTRIES, MOST_LANES, in_one_kernel, stored, stored_in_kernels
 
 X, W = jnp.linspace(0.1, 0.7, 5), jnp.array([0.3, -0.2, 0.9, 0.4, 0.1])
 
@@ -101,9 +101,9 @@ def test_lanes_and_derivatives_are_compiled_in_the_usual_way():
     agree(jax.linearize(lambda w: in_kernel(X, w)[0], W)[1](X), jax.linearize(lambda w: plain(X, w)[0], W)[1](X))
 
 
-def test_what_is_stored_in_lanes_is_a_call_of_its_own():
+def test_what_is_stored_in_lanes_comes_from_a_call():
     def twice(x):
-        sine, name = stored(lambda a: (jnp.sin(a), "sine"), x)
+        sine, name = stored((jnp.sin(x), "sine"))
         assert name == "sine"
         return sine * jnp.cos(sine), sine
 
@@ -116,6 +116,19 @@ def test_what_is_stored_in_lanes_is_a_call_of_its_own():
     for transform in (lambda f: f, jax.vmap, lambda f: jax.vmap(jax.vmap(f)), lambda f: jax.vmap(jax.jacfwd(f))):
         agree(jit(transform(twice))(xs), transform(expected)(xs))
         agree(transform(twice)(xs), transform(expected)(xs))
+    pulled = (jax.jit(lambda g, f=f: jax.vjp(jax.vmap(f), xs)[1](g)) for f in (twice, expected))
+    agree(*(pull((xs, xs)) for pull in pulled))
+
+
+def test_in_kernels_scalars_of_few_lanes_are_stored():
+    def doubled(x):
+        return stored_in_kernels((2.0 * x, X[0]))
+
+    few, many = jnp.arange(4.0), jnp.arange(MOST_LANES + 1.0)
+    assert marked(jax.vmap(doubled), few) == 1
+    assert marked(jax.vmap(doubled), many) == marked(doubled, few[0]) == marked(jax.vmap(doubled), few[:, None]) == 0
+    for xs in (few, many):
+        agree(jit(jax.vmap(doubled))(xs), (2.0 * xs, jnp.full(len(xs), X[0])))
 
 
 def solving(x):

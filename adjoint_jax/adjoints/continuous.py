@@ -251,7 +251,7 @@ def _dense_source(way: Way, saved: Saved, cotangent: Saved) -> tuple[Observation
             return solver.start(dataclasses.replace(problem.at(parameters), y0=y, t0=start))
 
         state, to_start = jax.vjp(started, y, problem.parameters)
-        outputs = StepOutputs(tree.zeros_like(state), g, q, ())
+        outputs = StepOutputs(tree.zeros_like(state), g, tree.unstack(q, solver.dense_degree), ())
         from_step, gradient = solver.transposed_step(problem, way.interval(start, end), state, outputs)
         a, more = to_start(from_step)
         gradient = tree.add(gradient, more)

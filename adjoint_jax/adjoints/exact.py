@@ -38,6 +38,7 @@ from adjoint_jax.adjoints.trail import AbstractTrail, Segment, Walked, Way
 from adjoint_jax.errors import raise_on_reverse_failure
 from adjoint_jax.forward_only import gradient_once
 from adjoint_jax.integrate import Integrator, Report
+from adjoint_jax.kernels import stored_in_kernels
 from adjoint_jax.problem import Parameters, Problem
 from adjoint_jax.recorders import AbstractRecorder, RowRecorder
 from adjoint_jax.saveat import Requests, Rows
@@ -158,11 +159,11 @@ class _KeptSteps(NamedTuple):
 
 class _Observed(NamedTuple):
     """What the loss says directly of a step, or of a chunk of them: of y behind it and before it, and of its interpolant's
-    coefficients."""
+    coefficients, one power after the other."""
 
     y1: Arrays | None
     y0: Arrays | None
-    coefficients: Arrays | None
+    coefficients: list[Arrays] | None
 
 
 class _Sweep:
@@ -184,9 +185,10 @@ class _Sweep:
         if cotangent.states is not None and not is_zero(cotangent.states.ys):
             self.states = self._per_slot(cotangent.states.ys, self.problem.y0)
         if cotangent.dense is not None and not is_zero((cotangent.dense.y0, cotangent.dense.coefficients)):
-            coefficients = tree.buffer(self.solver.dense_degree, self.problem.y0)
+            degree = self.solver.dense_degree
+            stacked = self._per_slot(cotangent.dense.coefficients, tree.buffer(degree, self.problem.y0))
             self.dense_y0 = self._per_slot(cotangent.dense.y0, self.problem.y0)
-            self.dense_coefficients = self._per_slot(cotangent.dense.coefficients, coefficients)
+            self.dense_coefficients = [tree.map(lambda leaf, p=p: leaf[:, p], stacked) for p in range(degree)]
 
     def _rows(self, rows: Rows, cotangent: PyTree[Any]) -> Arrays | None:
         if is_zero(cotangent):
@@ -249,8 +251,8 @@ class _Sweep:
 
         def reverse_step(reversed_index: Array, swept: _Swept) -> _Swept:
             index = count - 1 - reversed_index
-            kept = tree.take(steps.kept, index)
             start, end = self.problem.decide(tree.take, (steps.starts, steps.ends), index)
+            start, end, kept = stored_in_kernels((start, end, tree.take(steps.kept, index)))
             interval, state, rows = self.way.interval(start, end), self.trail.keep.state(kept), swept.rows
             of_step = tree.take_block(observed, index, 1)
             if step_by_step:
@@ -278,7 +280,7 @@ class _Sweep:
         for request, g, pulled in zip(self.requests.rows, self.row_cotangents, all_pulled, strict=True):
             if g is not None:
                 pulled, more = RowPull(self.way, request, g, steps).run(pulled)
-                y0, coefficients = more.y0, tree.map(lambda *powers: jnp.stack(powers, 1), *more.coefficients)
+                y0, coefficients = more
                 if observed.y0 is not None:
                     y0, coefficients = tree.add((observed.y0, observed.coefficients), (y0, coefficients))
                 observed = observed._replace(y0=y0, coefficients=coefficients)

@@ -137,6 +137,8 @@ class RowPull(NamedTuple):
     def _step_of(self, t: Scalar) -> Int[Array, ""]:
         """The step in which a row lies."""
         direction, steps = self.way.problem.direction, self.steps
+        if len(steps.ends) == 1:
+            return jnp.zeros((), jnp.int32)
         passed = (steps.ends * direction < t * direction) & (jnp.arange(len(steps.ends)) < steps.valid)
         return jnp.sum(passed, dtype=jnp.int32)
 

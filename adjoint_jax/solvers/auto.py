@@ -125,7 +125,7 @@ class AutoSolver(AbstractImplicitSolver):
         of_y, of_cost = cotangent._replace(after=cotangent.after.y), None
         if problem.running_cost is not None:
             interpolant = self.interpolant(self.step(problem, interval, state, None))
-            of_y, of_cost = through_interpolant(problem, interpolant, _rule(), of_y)
+            of_y, of_cost = through_interpolant(problem, interpolant, self.dense_degree, _rule(), of_y)
         plain = problem.without_cost()
         y, gradient = self._by_either(state, lambda solver: solver.transposed_step(plain, interval, state.y, of_y))
         return tree.zeros_like(state)._replace(y=y), gradient if of_cost is None else with_cost(gradient, of_cost)

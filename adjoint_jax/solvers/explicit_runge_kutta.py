@@ -1,6 +1,5 @@
 """One step of an explicit Runge-Kutta method, and its transpose."""
 
-import functools
 from collections.abc import Sequence
 
 import equinox as eqx
@@ -147,17 +146,16 @@ class ExplicitRungeKutta(AbstractSolver):
         """`transposed_step`, where the linearisations of the stages that matter are known."""
         tableau, h, count = self.tableau, interval.end - interval.start, len(pullbacks)
         rows, b = tableau.a + tableau.dense_a, tableau.b + (0.0,) * self.extra_stages
-        coefficients = cotangent.coefficients
-        of_powers = [] if coefficients is None else tree.unstack(coefficients, self.dense_degree)
+        of_powers = cotangent.coefficients or []
         mu: list[Arrays] = []
         gradients = []
         for i in reversed(range(count)):
             weights = (b[i], *(rows[j][i] for j in reversed(range(i + 1, count))))
             dense = tableau.dense[i][: len(of_powers)]
             trees, of_cost = [cotangent.after, *mu, *of_powers], tree.scale(h * b[i], cotangent.cost)
-            pulled = functools.partial(_pulled, (*weights, *dense))
-            mu_i, gradient = stored_in_kernels(pulled, pullbacks[i], h, trees, of_cost)
-            mu.append(mu_i)
+            kappa = stored_in_kernels(tree.scale(h, tree.weighted_sum((*weights, *dense), trees)))
+            mu_i, gradient = pullbacks[i](Rates(kappa, of_cost))
+            mu.append(stored_in_kernels(mu_i))
             gradients.append(gradient)
         return tree.add(cotangent.after, cotangent.y0, *mu), tree.add(*gradients)
 
@@ -174,7 +172,7 @@ class ExplicitRungeKutta(AbstractSolver):
         for i in range(count):
             state = tree.add(y, tree.scale(h, tree.weighted_sum(rows[i], stages))) if i else y
             rates, pullback = pullback_at(problem, stage_time(interval, self._nodes[i]), state)
-            stages.append(rates.y)
+            stages.append(stored_in_kernels(rates.y))
             pullbacks.append(pullback)
         return pullbacks
 
@@ -197,13 +195,14 @@ class ExplicitRungeKutta(AbstractSolver):
         h, count = interval.end - interval.start, jax.tree.leaves(states)[0].shape[0]
         a, b = self._matrix(count), jnp.asarray((self.tableau.b + (0.0,) * self.extra_stages)[:count])
         dense, times = jnp.asarray(self.tableau.dense), self._times(interval, self._nodes[:count])
+        of_powers = None if cotangent.coefficients is None else tree.stack(cotangent.coefficients)
 
         def reverse_stage(reversed_index: Array, carry: tuple[Arrays, Parameters]) -> tuple[Arrays, Parameters]:
             i = count - 1 - reversed_index
             mu, gradient = carry
             kappa = tree.add(tree.scale(b[i], cotangent.after), tree.contract(a[:, i], mu))
-            if cotangent.coefficients is not None:
-                kappa = tree.add(kappa, tree.contract(dense[i], cotangent.coefficients))
+            if of_powers is not None:
+                kappa = tree.add(kappa, tree.contract(dense[i], of_powers))
             pullback = pullback_at(problem, times[i], tree.take(states, i))[1]
             mu_i, gradient_i = pullback(Rates(tree.scale(h, kappa), tree.scale(h * b[i], cotangent.cost)))
             return put(mu, i, mu_i), tree.add(gradient, gradient_i)
@@ -247,22 +246,11 @@ class ExplicitRungeKutta(AbstractSolver):
         stages, known = list(stages), len(stages)
         for row, node in zip(rows, nodes, strict=True):
             state = tree.add(y, tree.scale(h, tree.weighted_sum(row, stages)))
-            stages.append(problem.field(stage_time(interval, node), state))
+            stages.append(stored_in_kernels(problem.field(stage_time(interval, node), state)))
         return stages[known:]
 
     def _times(self, interval: Interval, nodes: tuple[float, ...]) -> Float[Array, " stages"]:
         return jnp.stack([stage_time(interval, node) for node in nodes])
-
-
-def _pulled(
-    weights: tuple[float, ...], pullback: Pullback, h: Scalar, trees: list[Arrays], of_cost: Arrays
-) -> tuple[Arrays, Parameters]:
-    """mu_i and the parameters' part, by way of kappa_i, h times a weighted sum, which both need."""
-
-    def kappa(h: Scalar, trees: list[Arrays]) -> Arrays:
-        return tree.scale(h, tree.weighted_sum(weights, trees))
-
-    return pullback(Rates(stored_in_kernels(kappa, h, trees), of_cost))
 
 
 WRITTEN_OUT_STAGES = 4

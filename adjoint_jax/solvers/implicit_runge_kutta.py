@@ -334,7 +334,7 @@ class ESDIRK(AbstractImplicitSolver):
             weights = (rows[-1][i], *(rows[j][i] for j in reversed(range(i + 1, tableau.stages))))
             kappa = tree.weighted_sum(weights, [cotangent.after, *mus])
             if cotangent.coefficients is not None:
-                kappa = tree.add(kappa, tree.contract(jnp.asarray(tableau.dense[i]), cotangent.coefficients))
+                kappa = tree.add(kappa, tree.weighted_sum(tableau.dense[i], cotangent.coefficients))
             kappa, cost = tree.scale(h, (kappa, tree.scale(rows[-1][i], cotangent.cost)))
             t, y = times[i], tree.map(lambda leaf, i=i: leaf[i], stages.states)
             if i > 0:

@@ -181,7 +181,9 @@ class Rosenbrock(AbstractImplicitSolver):
         step = self._solved(problem, interval, state, None, inverse)
         of_cost = None
         if problem.running_cost is not None:
-            cotangent, of_cost = through_interpolant(problem, self.interpolant(step), self._rule, cotangent)
+            cotangent, of_cost = through_interpolant(
+                problem, self.interpolant(step), self.dense_degree, self._rule, cotangent
+            )
             problem = problem.without_cost()
         h = interval.end - interval.start
         mus: list[Arrays] = []
@@ -193,7 +195,7 @@ class Rosenbrock(AbstractImplicitSolver):
             weights = [tableau.a[j][i] for j in later] + [tableau.c[j][i] for j in later]
             ubar = _combined(tree.scale(tableau.m[i], cotangent.after), weights, mus + nus)
             if cotangent.coefficients is not None:
-                ubar = tree.add(ubar, tree.contract(jnp.asarray(tableau.dense[i]), cotangent.coefficients))
+                ubar = tree.add(ubar, tree.weighted_sum(tableau.dense[i], cotangent.coefficients))
             lambda_i = inverse.solve_transposed(tree.scale(tableau.gamma, ubar))
             nus.insert(0, times_mass_transposed(problem, lambda_i))
             kappas.insert(0, tree.scale(h, lambda_i))

@@ -40,13 +40,13 @@ class Step(NamedTuple):
 class StepOutputs(NamedTuple):
     """All that a loss can see of one step; or the loss's derivative with respect to it.
 
-    The method's state after the step; y at its start and the coefficients of its interpolant (None if nothing is saved
-    inside any step); and the step's part of the cost.
+    The method's state after the step; y at its start and the coefficients of its interpolant, one power after the other
+    (None if nothing is saved inside any step); and the step's part of the cost.
     """
 
     after: Arrays
     y0: Arrays
-    coefficients: Arrays | None
+    coefficients: list[Arrays] | None
     cost: Arrays
 
 
@@ -147,7 +147,8 @@ class AbstractSolver(eqx.Module):
         step = self.step(problem, interval, state, None)
         coefficients = None
         if interpolated:
-            coefficients = self.interpolant(self.with_dense_stages(problem, step)).coefficients
+            stacked = self.interpolant(self.with_dense_stages(problem, step)).coefficients
+            coefficients = tree.unstack(stacked, self.dense_degree)
         return StepOutputs(step.after, self.output(state), coefficients, cost_of(problem, self.quadrature(step)))
 
     def transposed_step(
@@ -184,16 +185,18 @@ def pullback_at(problem: Problem, t: Scalar, y: Arrays) -> tuple[Rates, Pullback
 
 
 def through_interpolant(
-    problem: Problem, interpolant: Interpolant, rule: Rule, cotangent: StepOutputs
+    problem: Problem, interpolant: Interpolant, degree: int, rule: Rule, cotangent: StepOutputs
 ) -> tuple[StepOutputs, Parameters]:
-    """Where the cost is computed by a rule from the step's interpolant: dJ/dcost as a derivative with respect to the
-    interpolant, added to those that are there, and as one with respect to the parameters."""
+    """Where the cost is computed by a rule from the step's interpolant, a polynomial of so high a degree: dJ/dcost as a
+    derivative with respect to the interpolant, added to those that are there, and as one with respect to the
+    parameters."""
 
-    def cost(y0: Arrays, coefficients: Arrays, parameters: Parameters) -> Arrays:
-        return cost_of(problem.at(parameters), rule.over(interpolant._replace(y0=y0, coefficients=coefficients)))
+    def cost(y0: Arrays, coefficients: list[Arrays], parameters: Parameters) -> Arrays:
+        of_step = interpolant._replace(y0=y0, coefficients=tree.stack(coefficients))
+        return cost_of(problem.at(parameters), rule.over(of_step))
 
-    pullback = jax.vjp(cost, interpolant.y0, interpolant.coefficients, problem.parameters)[1]
-    y0, coefficients, gradient = pullback(cotangent.cost)
+    powers = tree.unstack(interpolant.coefficients, degree)
+    y0, coefficients, gradient = jax.vjp(cost, interpolant.y0, powers, problem.parameters)[1](cotangent.cost)
     if cotangent.coefficients is not None:
         coefficients = tree.add(cotangent.coefficients, coefficients)
     return StepOutputs(cotangent.after, tree.add(cotangent.y0, y0), coefficients, ()), gradient
