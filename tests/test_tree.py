@@ -33,6 +33,7 @@ def test_large_rows_are_not_reduced(bytes_of_row, reduces):
 def test_rows_and_blocks():
     rows, indices = jnp.arange(6.0).reshape(3, 2), jnp.array([2, 0, 7])
     np.testing.assert_array_equal(tree.take_rows(rows, indices), rows[np.array([2, 0, 2])])
+    np.testing.assert_array_equal(tree.take_rows(rows[1:2], indices), rows[np.array([1, 1, 1])])
     numbers = np.arange(20)
     np.testing.assert_array_equal(jax.vmap(lambda n: tree.quotient(n, 7))(numbers), numbers // 7)
     np.testing.assert_array_equal(jax.vmap(lambda n: tree.remainder(n, 7))(numbers), numbers % 7)
