@@ -16,6 +16,26 @@ Function = Callable[[Scalar, PyTree[Any], PyTree[Any]], PyTree[Any]]
 
 PRODUCTS = frozenset({"dot_general", "conv_general_dilated", "ragged_dot_general"})
 """What XLA fuses nothing across."""
+CALLS = frozenset({"jit", "pjit", "closed_call"})
+"""Equations that call a program and do nothing else."""
+
+
+class Program:
+    """A traced function of arrays: constants, and operands.
+
+    However often another program calls it, each call is one equation there, and JAX derives, batches and lowers what it
+    calls once: a solve and its gradient call the vector field some twenty times, and a network's is a hundred equations."""
+
+    def __init__(self, jaxpr: Any):
+        @jax.jit
+        def program(constants: Sequence[Any], *operands: Any) -> list[Any]:
+            return jax.core.eval_jaxpr(jaxpr, constants, *operands)
+
+        self.jaxpr = jaxpr
+        self._call = program
+
+    def __call__(self, constants: Sequence[Any], *operands: Any) -> list[Any]:
+        return self._call(constants, *operands)
 
 
 class Hoisted(eqx.Module):
@@ -26,16 +46,20 @@ class Hoisted(eqx.Module):
     """
 
     arrays: list[Any]
-    jaxpr: Any = eqx.field(static=True)
+    program: Program = eqx.field(static=True)
     structure: Any = eqx.field(static=True)
 
+    @property
+    def jaxpr(self) -> Any:
+        return self.program.jaxpr
+
     def __call__(self, t: Scalar, y: Arrays, args: PyTree[Any]) -> PyTree[Array]:
-        return self.evaluated(jax.core.eval_jaxpr, t, y, args)
+        return self.evaluated(self.program, t, y, args)
 
     def evaluated(self, evaluate: Callable[..., list[Any]], t: Scalar, y: Arrays, args: PyTree[Any]) -> PyTree[Array]:
-        """What the function returns, where something like `jax.core.eval_jaxpr` evaluates its program."""
+        """What the function returns, where something evaluates its program for constants and operands."""
         inputs = jax.tree.leaves(eqx.filter((t, y, args), eqx.is_array))
-        outputs = evaluate(self.jaxpr, self.arrays, *inputs)
+        outputs = evaluate(self.arrays, *inputs)
         return jax.tree.unflatten(self.structure, [jnp.asarray(output) for output in outputs])
 
 
@@ -47,7 +71,7 @@ def hoisted(function: Function, t: Scalar, y: Arrays, args: PyTree[Any]) -> Hois
         return function(*eqx.combine(dynamic, static))
 
     closed, shapes = jax.make_jaxpr(traced, return_shape=True)(dynamic)
-    return Hoisted(closed.consts, closed.jaxpr, jax.tree.structure(shapes))
+    return Hoisted(closed.consts, Program(closed.jaxpr), jax.tree.structure(shapes))
 
 
 def interpreted(jaxpr: Any, values: Sequence[Any], rule: Callable[[Any, list[Any]], Sequence[Any]]) -> list[Any]:
@@ -62,10 +86,33 @@ def interpreted(jaxpr: Any, values: Sequence[Any], rule: Callable[[Any, list[Any
     return [read(variable) for variable in jaxpr.outvars]
 
 
+def varying_results(jaxpr: Any, varies: Sequence[bool]) -> list[bool]:
+    """Which results of a program vary, where its constants do not, but some of its operands do: what is computed from
+    something that varies."""
+    varying = {variable for variable, does in zip(jaxpr.invars, varies, strict=True) if does}
+
+    def is_varying(variable: Any) -> bool:
+        return not hasattr(variable, "val") and variable in varying
+
+    for equation in jaxpr.eqns:
+        operands = [is_varying(variable) for variable in equation.invars]
+        if equation.primitive.name in CALLS:
+            results = varying_results(programs_of(equation)[0], operands)
+        else:
+            results = [any(operands)] * len(equation.outvars)
+        varying.update(variable for variable, does in zip(equation.outvars, results, strict=True) if does)
+    return [is_varying(variable) for variable in jaxpr.outvars]
+
+
 def multiplies_matrices(jaxpr: Any) -> bool:
     """Whether a program, or one that it calls, contains products of matrices or convolutions."""
     called = (program for equation in jaxpr.eqns for program in programs_of(equation))
     return any(equation.primitive.name in PRODUCTS for equation in jaxpr.eqns) or any(map(multiplies_matrices, called))
+
+
+def operations(jaxpr: Any) -> int:
+    """How many a program has, with those of the programs that its equations call."""
+    return sum(1 + sum(map(operations, programs_of(equation))) for equation in jaxpr.eqns)
 
 
 def programs_of(equation: Any) -> list[Any]:

@@ -316,18 +316,19 @@ class _SteppingLoop(NamedTuple):
         return Layout(round_up(self.max_steps, segment), segment, chunk)
 
     def _start(self, valid: Bool[Array, ""]) -> _Journey:
-        problem, zero = self.problem, _zero()
+        problem, solver, zero = self.problem, self.solver, _zero()
         slope = problem.field(self.controller.interval(problem.t0, problem.t1).first, problem.y0)
-        proposal = self.controller.first(problem, self.solver, slope, self.dt0)
+        proposal = self.controller.first(problem, solver, slope, self.dt0)
         status = jnp.where(self.controller.unresolvable(problem.y0), Status.TOLERANCE_TOO_SMALL, Status.SUCCESS)
         status = jnp.where(problem.t0 == problem.t1, Status.SUCCESS, status)
         status = jnp.where(is_consistent(problem), status, Status.INCONSISTENT)
-        evaluations = 1 + proposal.evaluations if self.solver.reuses_last_stage or proposal.evaluations else 0
-        evaluations += self.solver.start_evaluations
+        jumps = self.controller.jump_ts is not None
+        uses_slope = solver.reuses_last_stage or proposal.evaluations > 0 or (solver.start_evaluations > 0 and not jumps)
+        evaluations = uses_slope + proposal.evaluations + (solver.start_evaluations if jumps else 0)
         walk = _Walk(
             t=problem.t0,
-            state=self.solver.start(problem),
-            slope=slope if self.solver.reuses_last_stage else None,
+            state=solver.start(problem) if jumps else solver.start_from(problem, slope),
+            slope=slope if solver.reuses_last_stage else None,
             h=proposal.h,
             memory=proposal.memory,
         )

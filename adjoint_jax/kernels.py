@@ -24,7 +24,7 @@ from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array
 
 from adjoint_jax import tree
-from adjoint_jax.hoisting import programs_of
+from adjoint_jax.hoisting import operations, programs_of
 from adjoint_jax.lanes import on_one_cpu
 
 _ALONE = {"inlineable": "false"}
@@ -178,7 +178,11 @@ class _Traced(NamedTuple):
 
 
 def _suits(jaxpr: Any, most_entries: int) -> bool:
-    if jaxpr.effects or not all(v.aval.size for v in (*jaxpr.constvars, *jaxpr.invars)) or _length(jaxpr) > MOST_OPERATIONS:
+    if (
+        jaxpr.effects
+        or not all(v.aval.size for v in (*jaxpr.constvars, *jaxpr.invars))
+        or operations(jaxpr) > MOST_OPERATIONS
+    ):
         return False
     return _can_be_a_kernel(jaxpr, None, most_entries)
 
@@ -207,10 +211,6 @@ def _stays_where_it_is(equation: Any) -> bool:
 
 def _is_of_floats(equation: Any) -> bool:
     return jnp.issubdtype(equation.invars[0].aval.dtype, jnp.inexact)
-
-
-def _length(jaxpr: Any) -> int:
-    return sum(1 + sum(map(_length, programs_of(equation))) for equation in jaxpr.eqns)
 
 
 class _Lanes(NamedTuple):

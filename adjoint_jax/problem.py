@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float, PyTree
 
 from adjoint_jax import tree
-from adjoint_jax.hoisting import Hoisted, hoisted, multiplies_matrices
+from adjoint_jax.hoisting import Hoisted, hoisted, multiplies_matrices, operations
 from adjoint_jax.kernels import in_blocks, in_one_kernel
 from adjoint_jax.scalars import ScalarProgram
 from adjoint_jax.stacks import with_selections
@@ -140,6 +140,11 @@ class Problem(eqx.Module):
         return multiplies_matrices(traced.jaxpr)
 
     @property
+    def operations(self) -> int:
+        """How many the vector field's program has, if it is known; otherwise 0."""
+        return operations(self.vector_field.jaxpr) if isinstance(self.vector_field, Hoisted) else 0
+
+    @property
     def is_small(self) -> bool:
         """Whether it is of so few numbers that starting operations takes longer than the operations do."""
         return sum(leaf.size for leaf in jax.tree.leaves(self.y0)) <= MOST_NUMBERS and not self.multiplies_matrices
@@ -169,7 +174,7 @@ class Problem(eqx.Module):
 
     def for_steps(self) -> "Problem":
         """The same problem, with a vector field that is a few kernels if it is one of scalars."""
-        return dataclasses.replace(self, vector_field=_for_steps(self.vector_field))
+        return dataclasses.replace(self, vector_field=_for_steps(self.vector_field, self))
 
     def without_cost(self) -> "Problem":
         """The problem of the solution alone."""
@@ -214,10 +219,12 @@ def hoist(vector_field: VectorField, t: Scalar, y: Arrays, args: PyTree[Any]) ->
     return hoisted(checked, t, y, args)
 
 
-def _for_steps(vector_field: VectorField) -> VectorField:
+def _for_steps(vector_field: VectorField, problem: Problem) -> VectorField:
     if isinstance(vector_field, Split):
-        return vector_field.mapped(_for_steps)
-    return with_selections(vector_field) if isinstance(vector_field, Hoisted) else vector_field
+        return vector_field.mapped(lambda part: _for_steps(part, problem))
+    if not isinstance(vector_field, Hoisted):
+        return vector_field
+    return with_selections(vector_field, problem.t0, problem.y0, problem.args)
 
 
 def hoist_running_cost(running_cost: RunningCost | None, t: Scalar, y: Arrays, args: PyTree[Any]) -> RunningCost | None:

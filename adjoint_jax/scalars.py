@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from adjoint_jax import tree
-from adjoint_jax.hoisting import Hoisted, hoisted, interpreted
+from adjoint_jax.hoisting import CALLS, Hoisted, hoisted, interpreted
 from adjoint_jax.tree import Arrays, Scalar
 
 Grid = np.ndarray
@@ -50,7 +50,6 @@ IN_NUMPY: dict[str, Callable[[Grid, dict[str, Any]], Grid]] = {
 program for each, at 10 to 20 ms."""
 FOLDS = {"reduce_sum": jax.lax.add, "reduce_prod": jax.lax.mul, "reduce_max": jax.lax.max, "reduce_min": jax.lax.min}
 """Operations that combine the entries along some axes."""
-CALLS = frozenset({"jit", "pjit", "closed_call"})
 MOST_ENTRIES = 256
 """Of any array in a program that is written out."""
 
@@ -135,7 +134,7 @@ def written_out(function: Hoisted, t: Scalar, y: Arrays, args: PyTree[Any], *, i
         scalar = hoisted(program, t, of_y.apart(y), parameters)
     except _NotInScalarsError:
         return None
-    return ScalarProgram(scalar.arrays, scalar.jaxpr, scalar.structure, of_y.largest, in_lanes)
+    return ScalarProgram(scalar.arrays, scalar.program, scalar.structure, of_y.largest, in_lanes)
 
 
 def _evaluated(jaxpr: Any, values: Sequence[Grid]) -> list[Grid]:

@@ -5,15 +5,14 @@ computes its parts on CPU if there are few; of a longer one, every part is a ker
 Selections among the parts fuse however many they are.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
-import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
-from adjoint_jax.hoisting import Hoisted, interpreted
-from adjoint_jax.scalars import CALLS
+from adjoint_jax.hoisting import CALLS, Hoisted, hoisted, interpreted
 from adjoint_jax.tree import Arrays, Scalar
 
 MOST_FUSED = 8
@@ -22,18 +21,12 @@ MOST_SELECTED = 64
 """Parts of a stack for which selections, whose number is its square, take less time than kernels."""
 
 
-class WithSelections(eqx.Module):
-    """The same function with selections for its long stacks."""
-
-    function: Hoisted
-
-    def __call__(self, t: Scalar, y: Arrays, args: PyTree[Any]) -> PyTree[Array]:
-        return self.function.evaluated(_evaluated, t, y, args)
-
-
-def with_selections(function: Hoisted) -> Hoisted | WithSelections:
-    """The function, with selections for long stacks of scalars if it has any."""
-    return WithSelections(function) if _has_long_stacks(function.jaxpr) else function
+def with_selections(function: Hoisted, t: Scalar, y: Arrays, args: PyTree[Any]) -> Hoisted:
+    """The function of (t, y, args), with selections for long stacks of scalars if it has any."""
+    if not _has_long_stacks(function.jaxpr):
+        return function
+    evaluate = functools.partial(_evaluated, function.jaxpr)
+    return hoisted(functools.partial(function.evaluated, evaluate), t, y, args)
 
 
 def _has_long_stacks(jaxpr: Any) -> bool:

@@ -89,7 +89,7 @@ def test_an_accompanied_method_integrates_as_its_quadrature_does(solver, lanes):
         return solution.cost, solution.stats.accepted
 
     def along(y0):
-        method = Accompanied(solver, lambda t, y: Along(field(t, y, None), y**2), jnp.zeros(()))
+        method = Accompanied(solver, lambda t, y, args: Along(field(t, y, None), y**2), jnp.zeros(()))
         problem = Problem(field, None, None, y0, jnp.zeros(()), jnp.array(2.0))
         outcome = Integrator(method, controller.prepare(jnp.float64), None, 4096)(problem, [], jnp.array(True))
         return outcome.state.integral, outcome.report.stats.accepted

@@ -7,7 +7,7 @@ import pytest
 
 import adjoint_jax as aj
 from adjoint_jax.hoisting import hoisted
-from adjoint_jax.stacks import MOST_FUSED, MOST_SELECTED, WithSelections, with_selections
+from adjoint_jax.stacks import MOST_FUSED, MOST_SELECTED, with_selections
 
 EQUATIONS = 12
 
@@ -55,8 +55,7 @@ def names(jaxpr):
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_values_and_derivatives_are_those_of_the_stack(field, dtype):
     t, y, rates = inputs(dtype)
-    selecting = with_selections(hoisted(field, t, y, rates))
-    assert isinstance(selecting, WithSelections)
+    selecting = with_selections(hoisted(field, t, y, rates), t, y, rates)
     for derive in (lambda f: f, jax.jacfwd, jax.jacrev):
         for of in (lambda f: lambda y: f(t, y, rates), lambda f: lambda rates: f(t, y, rates)):
             wanted, got = derive(of(field))(y), derive(of(selecting))(y)
@@ -69,13 +68,13 @@ def test_values_and_derivatives_are_those_of_the_stack(field, dtype):
 def test_short_and_very_long_stacks_stay(length):
     t, y = jnp.zeros(()), jnp.ones(length)
     function = hoisted(lambda t, y, args: jax.lax.concatenate([2 * y[i : i + 1] for i in range(length)], 0), t, y, None)
-    assert with_selections(function) is function
+    assert with_selections(function, t, y, None) is function
 
 
 def test_stacks_of_rows_stay():
     t, y = jnp.zeros(()), jnp.ones((EQUATIONS, 100))
     function = hoisted(lambda t, y, args: jnp.stack([2 * y[i] for i in range(EQUATIONS)]), t, y, None)
-    assert with_selections(function) is function
+    assert with_selections(function, t, y, None) is function
 
 
 def test_stacks_of_unequal_parts_stay():
@@ -83,7 +82,7 @@ def test_stacks_of_unequal_parts_stay():
     t, y = jnp.zeros(()), jnp.ones(EQUATIONS)
     parts = [(0, 0), (0, 2), *((i, i + 1) for i in range(2, EQUATIONS))]
     function = hoisted(lambda t, y, args: jax.lax.concatenate([2 * y[a:b] for a, b in parts], 0), t, y, None)
-    assert with_selections(function) is function
+    assert with_selections(function, t, y, None) is function
     np.testing.assert_array_equal(function(t, y, None), 2.0)
 
 
@@ -95,7 +94,7 @@ def test_derivatives_of_their_own_are_kept():
     twice.defjvp(lambda primals, tangents: (twice(*primals), 100 * tangents[0]))
     t, y = jnp.zeros(()), jnp.ones(EQUATIONS)
     function = hoisted(lambda t, y, args: jnp.stack([twice(y[i]) for i in range(EQUATIONS)]), t, y, None)
-    assert with_selections(function) is function
+    assert with_selections(function, t, y, None) is function
 
 
 def solution(field, y0, rates):

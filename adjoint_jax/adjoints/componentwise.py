@@ -59,7 +59,7 @@ class Correspondence(eqx.Module):
     def inputs_in_arrays(self, inputs: Inputs) -> Inputs:
         problem, requests = inputs
         arrays = eqx.combine(self.of_field.joined(problem.args[0]), self.field.arrays)
-        field = Hoisted(arrays, self.field.jaxpr, self.field.structure)
+        field = Hoisted(arrays, self.field.program, self.field.structure)
         args, y0 = eqx.combine(self.of_args.joined(problem.args[1]), self.args), self.state.joined(problem.y0)
         rows = tuple(Rows(row.ts, row.fn.function if isinstance(row.fn, OfArrays) else None) for row in requests.rows)
         joined = Problem(field, None, args, y0, problem.t0, problem.t1)
@@ -139,7 +139,7 @@ def _in_scalars(inputs: Inputs, integrator: Integrator) -> tuple[Inputs, Corresp
     rows = tuple(Rows(r.ts, None if r.fn is None else OfArrays(r.fn, own_rest, state, of_args)) for r in requests.rows)
     args = of_field.apart(closed), of_args.apart(own)
     scalars = Problem(program, None, args, state.apart(problem.y0), problem.t0, problem.t1)
-    rest = Hoisted(closed_rest, field.jaxpr, field.structure)
+    rest = Hoisted(closed_rest, field.program, field.structure)
     correspondence = Correspondence(rest, own_rest, state, of_field, of_args)
     return Inputs(scalars, Requests(rows, requests.states, requests.dense)), correspondence
 

@@ -7,6 +7,7 @@ import equinox as eqx
 import jax
 
 from adjoint_jax import tree
+from adjoint_jax.hoisting import varying_results
 from adjoint_jax.problem import Interval, Parameters, Problem
 from adjoint_jax.solvers.explicit_runge_kutta import ExplicitRungeKutta
 from adjoint_jax.solvers.solver import AbstractSolver, Pullback, Step, StepOutputs, pullback_at
@@ -186,23 +187,15 @@ class KeepLinearisations(AbstractRungeKuttaKeep):
 def _varying(problem: Problem) -> list[bool]:
     """Which of the arrays that a pullback keeps depend on the time and the state at which it was taken.
 
-    Read off the traced program: what is computed from something that varies, varies."""
+    Read off the traced program."""
 
     def residuals(point: tuple[Arrays, ...], parameters: Parameters) -> list[Arrays]:
         return jax.tree.leaves(pullback_at(problem.at(parameters), *point)[1])
 
     point = problem.t0, problem.y0
     program = jax.make_jaxpr(residuals)(point, problem.parameters).jaxpr
-    varying = set(program.invars[: len(jax.tree.leaves(point))])
-    for equation in program.eqns:
-        if any(_is_in(variable, varying) for variable in equation.invars):
-            varying.update(equation.outvars)
-    return [_is_in(variable, varying) for variable in program.outvars]
-
-
-def _is_in(variable: Any, variables: set[Any]) -> bool:
-    """Constants written out in a program have no hash, and never vary."""
-    return not hasattr(variable, "val") and variable in variables
+    coordinates = len(jax.tree.leaves(point))
+    return varying_results(program, [i < coordinates for i in range(len(program.invars))])
 
 
 def suitable_keep(problem: Problem, solver: AbstractSolver, grid_steps: int | None, *, interpolated: bool) -> AbstractKeep:

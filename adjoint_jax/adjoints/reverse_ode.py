@@ -24,6 +24,7 @@ from adjoint_jax.adjoints.keep import KeepLinearisations, bytes_kept
 from adjoint_jax.adjoints.trail import Way
 from adjoint_jax.controllers.controller import AbstractController
 from adjoint_jax.controllers.step_sizes import ConstantStepSize
+from adjoint_jax.hoisting import hoisted
 from adjoint_jax.integrate import Integrator, Outcome
 from adjoint_jax.linear.jacobian import AbstractInverse, AbstractJacobian
 from adjoint_jax.problem import Parameters, Problem, Rates
@@ -187,7 +188,8 @@ class AlongStages(AbstractQuadrature):
 
     def method(self, method: AbstractSolver, system: AbstractReverseSystem, start: ReverseState) -> Accompanied:
         assert isinstance(method, ExplicitRungeKutta)
-        return Accompanied(method, system.rates, start.parameters)
+        rates = hoisted(lambda t, state, args: system.rates(t, state), start.t, start.state, None)
+        return Accompanied(method, rates, start.parameters)
 
     def integral(self, outcome: Outcome) -> Parameters:
         return outcome.state.integral
@@ -201,7 +203,8 @@ class Reverse(NamedTuple):
 
     def to(self, system: AbstractReverseSystem, start: ReverseState, t: Scalar) -> ReverseState:
         """Integrate backward to t. After a failure there is nothing to integrate, and values mean nothing."""
-        problem = Problem(system.field, None, None, start.state, start.t, t)
+        field = hoisted(system.field, start.t, start.state, None)
+        problem = Problem(field, None, None, start.state, start.t, t)
         integrator = self.integrator.restarted(start.h)
         method = self.quadrature.method(integrator.method.with_jacobian(system.jacobian), system, start)
         integrator = dataclasses.replace(integrator, method=method)

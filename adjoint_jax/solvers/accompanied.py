@@ -1,11 +1,11 @@
 """An explicit Runge-Kutta method that integrates something else along its stages."""
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 from jaxtyping import Array, Bool
 
 from adjoint_jax import tree
+from adjoint_jax.hoisting import Function
 from adjoint_jax.interpolation import Interpolant
 from adjoint_jax.problem import Interval, Problem
 from adjoint_jax.quadrature import Nodes
@@ -30,12 +30,12 @@ class Accompanied(AbstractSolver):
     integral that the method would compute are not used, and XLA removes them. The first stage of a step is never taken over
     from the step before, which knows the field there, but not the integrand.
 
-    - `rates`: (t, y) -> the field and the integrand.
+    - `rates`: (t, y, args) -> the field and the integrand.
     - `so_far`: the integral at t0.
     """
 
     method: ExplicitRungeKutta
-    rates: Callable[[Scalar, Arrays], Along]
+    rates: Function
     so_far: Arrays
 
     @property
@@ -68,7 +68,7 @@ class Accompanied(AbstractSolver):
 
     def step(self, problem: Problem, interval: Interval, state: Along, first: Arrays | None) -> Step:
         del first
-        together = problem.of_field(lambda t, state, args: self.rates(t, state.y))
+        together = problem.of_field(lambda t, state, args: self.rates(t, state.y, args))
         step = self.method.step(together, interval, state, None)
         error = None if step.error is None else step.error.y
         return step._replace(stages=tuple(stage.y for stage in step.stages), error=error)

@@ -96,9 +96,11 @@ class BDF(AbstractImplicitSolver):
         return dataclasses.replace(self, tolerance=tolerance)
 
     def start(self, problem: Problem) -> Differences:
+        return self.start_from(problem, problem.field(problem.t0, problem.y0))
+
+    def start_from(self, problem: Problem, slope: Arrays) -> Differences:
         h = jax.lax.stop_gradient(jnp.where(problem.t1 == problem.t0, 1.0, problem.t1 - problem.t0))
-        slope = tree.scale(h, problem.field(problem.t0, problem.y0))
-        higher = put(tree.buffer(ROWS - 1, problem.y0), jnp.int32(0), slope)
+        higher = put(tree.buffer(ROWS - 1, problem.y0), jnp.int32(0), tree.scale(h, slope))
         return Differences(problem.y0, higher, h, jnp.ones_like(h), jnp.zeros_like(h))
 
     def output(self, state: Differences) -> Arrays:

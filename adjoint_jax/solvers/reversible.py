@@ -273,7 +273,10 @@ class AsynchronousLeapfrog(AbstractTwoSlopes):
         return 1
 
     def start(self, problem: Problem) -> StateAndVelocity:
-        return StateAndVelocity(problem.y0, problem.field(problem.t0, problem.y0))
+        return self.start_from(problem, problem.field(problem.t0, problem.y0))
+
+    def start_from(self, problem: Problem, slope: Arrays) -> StateAndVelocity:
+        return StateAndVelocity(problem.y0, slope)
 
     def step(self, problem: Problem, interval: Interval, state: StateAndVelocity, first: Arrays | None) -> Step:
         del first

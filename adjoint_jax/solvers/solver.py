@@ -105,6 +105,11 @@ class AbstractSolver(eqx.Module):
         """The method's state at t0."""
         return problem.y0
 
+    def start_from(self, problem: Problem, slope: Arrays) -> Arrays:
+        """`start`, where the field at t0 is known, which saves the evaluations of `start`."""
+        del slope
+        return self.start(problem)
+
     def output(self, state: Arrays) -> Arrays:
         """y, of a state of the method: a selection, so that its transpose is known without a value."""
         return state
