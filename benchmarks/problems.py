@@ -92,6 +92,8 @@ WIDTHS = (64, 256, 1024)
 SMALL, LARGE, DEEP = ((16, 64, 64, 16), 128), ((64, 512, 512, 64), 256), ((32, 128, 128, 32), 64)
 NETWORKS = (SMALL, LARGE, DEEP, *(((16, width, width, 16), None) for width in WIDTHS))
 """Layers and batches of the networks."""
+RESIDUAL = (32, 32, 64)
+"""Layers, width and batch of the deep field."""
 RANDOM_LANES = 10_000
 """Lanes of a problem are the first of so many random ones, whatever their number."""
 
@@ -183,6 +185,28 @@ def perceptron(xp: ModuleType, t: Any, y: Any, p: Any) -> Any:
     for w, b in hidden:
         y = xp.tanh(y @ w + b)
     return y @ weight + bias
+
+
+def residual_network(layers: int, width: int, batch: int) -> Problem:
+    """A neural ODE to t = 1 whose field is itself deep: so many residual layers, each with normalised inputs; float32."""
+    generator = _random()
+    shape = (layers, width, width)
+    weights = (generator.normal(size=shape) / np.sqrt(layers * width)).astype(np.float32)
+    biases = (0.1 * generator.normal(size=shape[:2])).astype(np.float32)
+    y0 = generator.normal(size=(batch, width)).astype(np.float32)
+    parameters = tuple(zip(weights, biases, strict=True))
+    name = f"residual-network-{layers}-{width}-batch-{batch}"
+    return Problem(name, Tensors(residual), parameters, y0, 0.0, 1.0, bound=16)
+
+
+def residual(xp: ModuleType, t: Any, y: Any, p: Any) -> Any:
+    del t
+    z = y
+    for weight, bias in p:
+        centred = z - xp.mean(z, -1)[..., None]
+        deviation = xp.sqrt(xp.mean(centred * centred, -1) + 1e-5)[..., None]
+        z = z + xp.tanh((centred / deviation) @ weight + bias)
+    return z - y
 
 
 def ring(size: int) -> Problem:

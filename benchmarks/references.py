@@ -176,6 +176,7 @@ def everything() -> Iterator[Work]:
         *(problems.save_times(*times, count) for count in (None, LANES) for times in problems.SAVE_TIMES),
     ]
     networks = [problems.network(sizes, batch) for sizes, batch in problems.NETWORKS]
+    networks.append(problems.residual_network(*problems.RESIDUAL))
     for method, some in ((by_sensitivities, systems), (by_adjoint, networks)):
         for problem in some:
             yield Work(problem, functools.partial(method, rtol=PRECISION), functools.partial(method, rtol=CHECK))

@@ -24,6 +24,7 @@ def rows(length: Length) -> dict[str, Row]:
         "lv-lanes": _lotka_volterra_lanes(length),
         "node-small": _small_network(length),
         "node-large": _large_network(length),
+        "node-deep": _deep_network(length),
         "wide": _wide_networks(length),
         "state-size": _state_sizes(length),
         "duffing": _duffing(length),
@@ -124,6 +125,18 @@ def _large_network(length: Length) -> Row:
     wants = (Want("gradient", by.DISCRETE.name, EVERY_PEER, 0.85, 1e-4),)
     counted = _also(race, Mode.COUNTED, (by.DISCRETE, by.LINEARISATIONS, by.GAUSS, by.DIFFRAX_TUNED, by.JAX_ODE))
     return Row("Neural ODE 64-512-512-64, batch 256, float32", (race, counted), wants)
+
+
+def _deep_network(length: Length) -> Row:
+    race = _race(
+        "gradient",
+        functools.partial(problems.residual_network, *problems.RESIDUAL),
+        GRADIENT,
+        (by.DISCRETE, by.GAUSS, by.DIFFRAX_TUNED, by.JAX_ODE, by.TORCHDIFFEQ),
+        length.of((1e-4, 1e-3, 1e-6)),
+    )
+    wants = (Want("gradient", by.DISCRETE.name, EVERY_PEER, 0.85, 1e-4),)
+    return Row("Neural ODE of 32 normalised residual layers, 32 wide, batch 64, float32", (race,), wants)
 
 
 def _wide_networks(length: Length) -> Row:
@@ -287,6 +300,7 @@ def _compile(length: Length) -> Row:
         (f"Lotka-Volterra, {lanes} lanes", functools.partial(problems.lotka_volterra, lanes), general, 1e-6),
         ("small network", functools.partial(problems.network, *problems.SMALL), general, 1e-4),
         ("large network", functools.partial(problems.network, *problems.LARGE), general, 1e-4),
+        ("deep network", functools.partial(problems.residual_network, *problems.RESIDUAL), general, 1e-4),
         ("wide network", functools.partial(problems.network, (16, 1024, 1024, 16), None), general, 1e-4),
         ("Duffing, RK4", functools.partial(problems.duffing, steps), on_grids, None),
         ("RK4 on a network", functools.partial(problems.network, *problems.DEEP, 1000), on_grids, None),

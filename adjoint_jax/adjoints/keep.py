@@ -203,12 +203,17 @@ def suitable_keep(problem: Problem, solver: AbstractSolver, grid_steps: int | No
 
     It pays where an evaluation is bound by reading parameters: where the linearisations of a step, which must be written
     and read, are no larger than the parameters, which every stage reads. And where no memory is reserved, or filled again,
-    for nothing: where the number of steps is known and all of them fit in. Measured on a CPU, the time of a gradient by
-    linearisations in that by states: 0.7 to 1.3 for networks on 1 to 16 points with layers of 256 and 1,024, fixed steps
-    (0.8 to 1.0 with the points as lanes of a `vmap`, whose number is not seen here); 1.2 to 1.8 where linearisations are
-    larger than parameters, 0.8 to 2.9 with adaptive steps. `KeepStages` was never clearly the fastest.
+    for nothing: where the number of steps is known and all of them fit in. And where stages are written out: for a long
+    field, they would be what takes longest to compile.
+
+    Measured on a CPU, the time of a gradient by linearisations in that by states: 0.7 to 1.3 for networks on 1 to 16 points
+    with layers of 256 and 1,024, fixed steps (0.8 to 1.0 with the points as lanes of a `vmap`, whose number is not seen
+    here); 1.2 to 1.8 where linearisations are larger than parameters, 0.8 to 2.9 with adaptive steps. `KeepStages` was
+    never clearly the fastest.
     """
     if grid_steps is None or not isinstance(solver, ExplicitRungeKutta):
+        return KeepStates()
+    if solver.is_long(problem, solver.stages_that_matter(interpolated=interpolated)):
         return KeepStates()
     keep = KeepLinearisations(BUDGET_OF_LANE)
     of_step = bytes_kept(keep, problem, solver, interpolated=interpolated)

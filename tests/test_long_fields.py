@@ -1,0 +1,125 @@
+"""Fields of many operations: their steps are loops over stages, and their programs are derived and lowered but once."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hlo import Program
+
+import adjoint_jax as aj
+from adjoint_jax.adjoints.keep import suitable_keep
+from adjoint_jax.problem import Problem, hoist
+from adjoint_jax.solvers import explicit_runge_kutta
+
+LAYERS, WIDTH = 8, 3
+RANDOM = np.random.default_rng(0)
+WEIGHTS = RANDOM.normal(size=(LAYERS, WIDTH, WIDTH)) / 5
+Y0 = RANDOM.normal(size=WIDTH)
+TS = np.array([0.1, 0.55, 0.9])
+CASES = {
+    "adaptive": {"controller": aj.PIDController(1e-6, 1e-6)},
+    "few checkpoints": {"controller": aj.PIDController(1e-6, 1e-6), "adjoint": aj.DiscreteAdjoint(checkpoints=1)},
+    "rows": {"controller": aj.PIDController(1e-6, 1e-6), "saveat": aj.SaveAt(TS)},
+    "dense stages": {"controller": aj.PIDController(1e-6, 1e-6), "saveat": aj.SaveAt(TS), "solver": aj.Dopri8()},
+    "grid": {"controller": aj.FixedSteps(7), "solver": aj.RK4()},
+    "stages kept": {"controller": aj.FixedSteps(7), "adjoint": aj.DiscreteAdjoint(keep=aj.KeepStages())},
+    "linearisations kept": {"controller": aj.FixedSteps(7), "adjoint": aj.DiscreteAdjoint(keep=aj.KeepLinearisations())},
+    "backsolve": {"controller": aj.PIDController(1e-6, 1e-6), "adjoint": aj.BacksolveAdjoint()},
+    "gauss": {"controller": aj.PIDController(1e-6, 1e-6), "adjoint": aj.GaussAdjoint()},
+    "reversible": {
+        "controller": aj.FixedSteps(7),
+        "solver": aj.Reversible(aj.Bosh3()),
+        "adjoint": aj.ReversibleAdjoint(),
+    },
+}
+
+
+@pytest.fixture
+def loops(monkeypatch):
+    """Every step of two stages or more counts as long."""
+    monkeypatch.setattr(explicit_runge_kutta, "WRITTEN_OUT_OPERATIONS", LAYERS)
+
+
+def layers(t, y, weights):
+    z = y
+    for i in range(LAYERS):
+        z = z + jnp.tanh(z @ weights[i])
+    return jnp.cos(t) * (z - y)
+
+
+def loss(case, y0, weights, t0, t1):
+    return jnp.sum(aj.solve(layers, t0, t1, y0, weights, throw=False, **CASES[case]).ys ** 2)
+
+
+def gradients(case, dtype=np.float64):
+    arguments = [jnp.asarray(value, dtype) for value in (Y0, WEIGHTS, 0.0, 1.0)]
+    return jax.jit(jax.value_and_grad(lambda *given: loss(case, *given), argnums=(0, 1, 2, 3)))(*arguments)
+
+
+def compare(found, expected, rtol):
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_allclose(a, b, rtol=0, atol=rtol * (1 + np.abs(b).max()))
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype", "rtol"), [*((case, np.float64, 1e-11) for case in CASES), ("rows", np.float32, 1e-4)]
+)
+def test_gradients_are_those_of_steps_that_are_written_out(case, dtype, rtol, monkeypatch):
+    expected = gradients(case, dtype)
+    monkeypatch.setattr(explicit_runge_kutta, "WRITTEN_OUT_OPERATIONS", LAYERS)
+    compare(gradients(case, dtype), expected, rtol)
+
+
+def test_forward_mode_agrees(loops):
+    def end(weights):
+        return aj.solve(layers, 0.0, 1.0, Y0, weights, adjoint=aj.ForwardMode(), **CASES["adaptive"]).ys
+
+    direction = jnp.asarray(RANDOM.normal(size=WEIGHTS.shape))
+    ys, along = jax.jit(lambda w: jax.jvp(end, (w,), (direction,)))(jnp.asarray(WEIGHTS))
+    gradient = gradients("adaptive")[1][1]
+    np.testing.assert_allclose(jnp.sum(2 * ys * along), jnp.sum(gradient * direction), rtol=1e-11)
+
+
+def test_in_lanes_a_failure_stays_in_its_lane(loops):
+    y0 = jnp.stack([jnp.asarray(Y0), jnp.full(WIDTH, jnp.nan), 2 * jnp.asarray(Y0)])
+
+    def gradient(y0):
+        return jax.grad(lambda w: loss("adaptive", y0, w, 0.0, 1.0))(jnp.asarray(WEIGHTS))
+
+    together = jax.jit(jax.vmap(gradient))(y0)
+    assert jnp.isnan(together[1]).all()
+    np.testing.assert_allclose(together[0], gradients("adaptive")[1][1], rtol=0, atol=1e-11)
+    np.testing.assert_allclose(together[2], jax.jit(gradient)(y0[2]), rtol=0, atol=1e-11)
+
+
+def test_compiled_programs_hold_few_copies_of_a_long_field(loops):
+    """Two for the first step's size, one for the first slope of steps that are taken again; and one each for the steps, for
+    those taken again, for the stages of the transposed step, and for their linearisations, which would be six, written out.
+    """
+    instructions = Program(lowered("adaptive").compile()).computations.values()
+    assert sum(i.operation == "tanh" for computation in instructions for i in computation) <= 7 * LAYERS
+
+
+@pytest.mark.parametrize("case", ["adaptive", "rows", "backsolve"])
+def test_programs_that_are_compiled_hold_fewer(case):
+    """However often a program is called, it is lowered once; and once more after what is not needed of it has been left out
+    in one place."""
+    assert lowered(case).as_text().count("stablehlo.tanh") <= 6 * LAYERS
+
+
+def lowered(case):
+    return jax.jit(jax.grad(lambda w: loss(case, Y0, w, 0.0, 1.0))).lower(jnp.asarray(WEIGHTS))
+
+
+def test_linearisations_of_a_long_field_are_not_kept_by_default(monkeypatch):
+    """They would be written out for every stage."""
+    zero, y0, weights = jnp.zeros(()), jnp.asarray(Y0), jnp.asarray(np.tile(WEIGHTS, (10, 1, 1)))
+    problem = Problem(hoist(layers, zero, y0, weights), None, weights, y0, zero, zero + 1)
+
+    def chosen():
+        return suitable_keep(problem, aj.RK4(), 7, interpolated=False)
+
+    assert isinstance(chosen(), aj.KeepLinearisations)
+    monkeypatch.setattr(explicit_runge_kutta, "WRITTEN_OUT_OPERATIONS", LAYERS)
+    assert isinstance(chosen(), aj.KeepStates)
