@@ -86,9 +86,9 @@ def interpreted(jaxpr: Any, values: Sequence[Any], rule: Callable[[Any, list[Any
     return [read(variable) for variable in jaxpr.outvars]
 
 
-def varying_results(jaxpr: Any, varies: Sequence[bool]) -> list[bool]:
+def varying_results(jaxpr: Any, varies: Sequence[bool], but_by: frozenset[str] = frozenset()) -> list[bool]:
     """Which results of a program vary, where its constants do not, but some of its operands do: what is computed from
-    something that varies."""
+    something that varies, but by some kinds of equations."""
     varying = {variable for variable, does in zip(jaxpr.invars, varies, strict=True) if does}
 
     def is_varying(variable: Any) -> bool:
@@ -97,9 +97,9 @@ def varying_results(jaxpr: Any, varies: Sequence[bool]) -> list[bool]:
     for equation in jaxpr.eqns:
         operands = [is_varying(variable) for variable in equation.invars]
         if equation.primitive.name in CALLS:
-            results = varying_results(programs_of(equation)[0], operands)
+            results = varying_results(programs_of(equation)[0], operands, but_by)
         else:
-            results = [any(operands)] * len(equation.outvars)
+            results = [any(operands) and equation.primitive.name not in but_by] * len(equation.outvars)
         varying.update(variable for variable, does in zip(equation.outvars, results, strict=True) if does)
     return [is_varying(variable) for variable in jaxpr.outvars]
 

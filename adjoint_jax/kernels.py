@@ -122,24 +122,41 @@ def _blockwise(program: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
     return function
 
 
+def stores() -> bool:
+    """Whether what is `stored` really is: on a single CPU, with the versions of JAX for which that was tested."""
+    return on_one_cpu() and SINCE <= jax.__version_info__[:2] < BEFORE
+
+
 def stored(values: Any) -> Any:
-    """The same values. In lanes of a `vmap`, on a single CPU, each is computed on its own and stored: XLA's fusion would
-    compute it anew in every operation that uses it, and within one that writes into a buffer, not in vectors."""
-    return _stored(values, None)
+    """The same values. On a single CPU each is computed on its own and stored: XLA's fusion would compute it anew in every
+    operation that uses it, with all from which it is computed, and within one that writes into a buffer, not in vectors.
 
-
-def stored_in_kernels(values: Any) -> Any:
-    """`stored`, if all values are scalars, and if there are so few lanes that they are one kernel. Of more, what is stored
-    lies further away than it takes to compute it anew: the gradient of 10,000 Lorenz lanes would take a third longer."""
+    Scalars are, in lanes of a `vmap`, if there are so few that they are one kernel. Of more, what is stored lies further
+    away than it takes to compute it anew: the gradient of 10,000 Lorenz lanes would take a third longer."""
     if any(jnp.ndim(value) for value in jax.tree.leaves(eqx.filter(values, tree.is_traced))):
-        return values
-    return _stored(values, MOST_LANES)
+        return _stored(values, _Storing(alone=True, most_lanes=None))
+    return _stored(values, _Storing(alone=False, most_lanes=MOST_LANES))
 
 
-def _stored(values: Any, most_lanes: int | None) -> Any:
+def stored_in_lanes(values: Any) -> Any:
+    """`stored` in lanes of a `vmap`, however many there are and whatever the values are."""
+    return _stored(values, _Storing(alone=False, most_lanes=None))
+
+
+class _Storing(NamedTuple):
+    """When values are stored: also where there are no lanes; and of how many lanes at most."""
+
+    alone: bool
+    most_lanes: int | None
+
+    def applies(self, lanes: int | None) -> bool:
+        return self.alone if lanes is None else self.most_lanes is None or lanes <= self.most_lanes
+
+
+def _stored(values: Any, when: _Storing) -> Any:
     traced, known = eqx.partition(values, tree.is_traced)
     leaves, structure = jax.tree.flatten(traced)
-    same = _stored_p.bind(*leaves, lanes=None, most_lanes=most_lanes) if leaves else []
+    same = _stored_p.bind(*leaves, lanes=None, when=when) if leaves else []
     return eqx.combine(jax.tree.unflatten(structure, same), known)
 
 
@@ -339,8 +356,8 @@ ad.primitive_jvps[_kernel_p] = _derivative
 _register(_kernel_p, _evaluated, _kernel)
 
 
-def _same(*values: Any, lanes: int | None, most_lanes: int | None) -> list[Any]:
-    del lanes, most_lanes
+def _same(*values: Any, lanes: int | None, when: _Storing) -> list[Any]:
+    del lanes, when
     return list(values)
 
 
@@ -349,22 +366,22 @@ def _passed_on(*values: Any) -> list[Any]:
     return list(values)
 
 
-def _apart(*values: Any, lanes: int | None, most_lanes: int | None) -> list[Any]:
-    """In lanes, the values as they come from a call, which does nothing with them: XLA is told not to write it out where it
-    is called, so that what it passes on is stored."""
-    if lanes is None or (most_lanes is not None and lanes > most_lanes):
+def _apart(*values: Any, lanes: int | None, when: _Storing) -> list[Any]:
+    """The values as they come from a call, which does nothing with them: XLA is told not to write it out where it is
+    called, so that what it passes on is stored."""
+    if not when.applies(lanes):
         return list(values)
     results = _passed_on(*values)
     set_xla_metadata(results[0], **_ALONE)
     return results
 
 
-def _stored_in_lanes(
-    values: Sequence[Any], axes: Sequence[Any], *, lanes: int | None, most_lanes: int | None
+def _stored_together(
+    values: Sequence[Any], axes: Sequence[Any], *, lanes: int | None, when: _Storing
 ) -> tuple[list[Any], list[Any]]:
     values, seen = _Lanes.seen(values, axes)
     together = seen.number * (lanes or 1)
-    return _stored_p.bind(*values, lanes=together, most_lanes=most_lanes), [0 if differ else None for differ in seen.differ]
+    return _stored_p.bind(*values, lanes=together, when=when), [0 if differ else None for differ in seen.differ]
 
 
 def _stored_tangents(values: Sequence[Any], tangents: Sequence[Any], **parameters: Any) -> tuple[list[Any], list[Any]]:
@@ -373,6 +390,6 @@ def _stored_tangents(values: Sequence[Any], tangents: Sequence[Any], **parameter
 
 _stored_p = Primitive("adjoint_jax_stored")
 _stored_p.def_abstract_eval(_same)
-batching.primitive_batchers[_stored_p] = _stored_in_lanes
+batching.primitive_batchers[_stored_p] = _stored_together
 ad.primitive_jvps[_stored_p] = _stored_tangents
 _register(_stored_p, _same, _apart)

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float, PyTree
 
 from adjoint_jax import tree
-from adjoint_jax.hoisting import Hoisted, hoisted, multiplies_matrices, operations
-from adjoint_jax.kernels import in_blocks, in_one_kernel
+from adjoint_jax.hoisting import PRODUCTS, Hoisted, hoisted, multiplies_matrices, operations, varying_results
+from adjoint_jax.kernels import in_blocks, in_one_kernel, stored
 from adjoint_jax.scalars import ScalarProgram
 from adjoint_jax.stacks import with_selections
 from adjoint_jax.tree import Arrays, Scalar
@@ -134,10 +134,24 @@ class Problem(eqx.Module):
 
     @property
     def multiplies_matrices(self) -> bool:
-        """Whether the vector field does, so that XLA cannot fuse one evaluation with the next."""
+        """Whether the vector field does."""
+        return multiplies_matrices(self._program)
+
+    @property
+    def fuses(self) -> bool:
+        """Whether XLA can fuse one evaluation of the vector field with the next: whether any of its results depends on the
+        state without a product of matrices in between."""
+        if self.is_in_scalars:
+            return True
+        operands = range(len(self._program.invars))
+        of_y = range(1, 1 + len(jax.tree.leaves(self.y0)))
+        return any(varying_results(self._program, [i in of_y for i in operands], PRODUCTS))
+
+    @property
+    def _program(self) -> Any:
+        """The vector field's, of the time, the state, and what else."""
         field = self.vector_field
-        traced = field if isinstance(field, Hoisted) else jax.make_jaxpr(self.field)(self.t0, self.y0)
-        return multiplies_matrices(traced.jaxpr)
+        return (field if isinstance(field, Hoisted) else jax.make_jaxpr(self.field)(self.t0, self.y0)).jaxpr
 
     @property
     def operations(self) -> int:
@@ -162,6 +176,11 @@ class Problem(eqx.Module):
         """`function(*operands)`, of a few numbers, within a loop over steps of this problem: as one kernel, unless the loop
         may be one."""
         return function(*operands) if self.is_small else in_one_kernel(function, *operands)
+
+    def stored(self, values: Any) -> Any:
+        """The same values, of which several evaluations of the vector field are computed: stored, where XLA would compute
+        them anew for each."""
+        return stored(values) if self.fuses else values
 
     @property
     def scalars_per_array(self) -> int:

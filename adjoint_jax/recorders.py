@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from adjoint_jax import tree
 from adjoint_jax.interpolation import Interpolant
-from adjoint_jax.kernels import stored
+from adjoint_jax.kernels import stored_in_lanes
 from adjoint_jax.lanes import max_lane, min_lane, on_one_cpu, put, put_block
 from adjoint_jax.problem import Problem
 from adjoint_jax.quadrature import Nodes
@@ -315,9 +315,9 @@ class QuadratureRecorder(AbstractRecorder):
 
 def _noted(solver: AbstractSolver, step: Step, accepted: Bool[Array, ""]) -> InterpolantNote:
     """The step's interpolant, of no length if the step was not accepted."""
-    interpolant = solver.interpolant(stored(step))
+    interpolant = solver.interpolant(stored_in_lanes(step))
     interpolant = interpolant._replace(end=jnp.where(accepted, interpolant.end, interpolant.start))
-    return stored(InterpolantNote.of(interpolant, solver.dense_degree))
+    return stored_in_lanes(InterpolantNote.of(interpolant, solver.dense_degree))
 
 
 def _blank_note(solver: AbstractSolver, step: Step) -> InterpolantNote:

@@ -38,7 +38,6 @@ from adjoint_jax.adjoints.trail import AbstractTrail, Segment, Walked, Way
 from adjoint_jax.errors import raise_on_reverse_failure
 from adjoint_jax.forward_only import gradient_once
 from adjoint_jax.integrate import Integrator, Report
-from adjoint_jax.kernels import stored_in_kernels
 from adjoint_jax.problem import Parameters, Problem
 from adjoint_jax.recorders import AbstractRecorder, RowRecorder
 from adjoint_jax.saveat import Requests, Rows
@@ -252,7 +251,7 @@ class _Sweep:
         def reverse_step(reversed_index: Array, swept: _Swept) -> _Swept:
             index = count - 1 - reversed_index
             start, end = self.problem.decide(tree.take, (steps.starts, steps.ends), index)
-            start, end, kept = stored_in_kernels((start, end, tree.take(steps.kept, index)))
+            start, end, kept = self.problem.stored((start, end, tree.take(steps.kept, index)))
             interval, state, rows = self.way.interval(start, end), self.trail.keep.state(kept), swept.rows
             of_step = tree.take_block(observed, index, 1)
             if step_by_step:

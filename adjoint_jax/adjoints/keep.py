@@ -181,7 +181,7 @@ class KeepLinearisations(AbstractRungeKuttaKeep):
             return jax.tree.unflatten(structure, [next(own) if k else leaf for leaf, k in zip(leaves, varies, strict=True)])
 
         pullbacks = [restored(residuals) for residuals in (kept.of_field if problem.running_cost is None else kept.of_both)]
-        return self.runge_kutta(solver).transposed_from_pullbacks(pullbacks, interval, cotangent)
+        return self.runge_kutta(solver).transposed_from_pullbacks(problem, interval, pullbacks, cotangent)
 
 
 def _varying(problem: Problem) -> list[bool]:

@@ -1,5 +1,6 @@
 """An explicit Runge-Kutta method that integrates something else along its stages."""
 
+import dataclasses
 from typing import NamedTuple
 
 from jaxtyping import Array, Bool
@@ -68,7 +69,7 @@ class Accompanied(AbstractSolver):
 
     def step(self, problem: Problem, interval: Interval, state: Along, first: Arrays | None) -> Step:
         del first
-        together = problem.of_field(lambda t, state, args: self.rates(t, state.y, args))
+        together = dataclasses.replace(problem.of_field(lambda t, state, args: self.rates(t, state.y, args)), y0=state)
         step = self.method.step(together, interval, state, None)
         error = None if step.error is None else step.error.y
         return step._replace(stages=tuple(stage.y for stage in step.stages), error=error)

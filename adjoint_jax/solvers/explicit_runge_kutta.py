@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 from adjoint_jax import tree
 from adjoint_jax.interpolation import Interpolant
-from adjoint_jax.kernels import stored_in_kernels
+from adjoint_jax.kernels import stores
 from adjoint_jax.lanes import put
 from adjoint_jax.problem import Interval, Parameters, Problem, Rates
 from adjoint_jax.quadrature import Nodes
@@ -126,7 +126,8 @@ class ExplicitRungeKutta(AbstractSolver):
     ) -> tuple[Arrays, Parameters]:
         count = self.stages_that_matter(interpolated=cotangent.coefficients is not None)
         if self._is_written_out(problem, count):
-            return self.transposed_from_pullbacks(self._linearised(problem, interval, state, count), interval, cotangent)
+            pullbacks = self._linearised(problem, interval, state, count)
+            return self.transposed_from_pullbacks(problem, interval, pullbacks, cotangent)
         return self._transposed_in_a_loop(problem, interval, self._stage_states(problem, interval, state, count), cotangent)
 
     def transposed_from_stages(
@@ -136,11 +137,11 @@ class ExplicitRungeKutta(AbstractSolver):
         states = self._states_from_stages(interval, state, stages)
         if self._is_written_out(problem, len(stages)):
             pullbacks = self.pullbacks(problem, interval, state, stages)
-            return self.transposed_from_pullbacks(pullbacks, interval, cotangent)
+            return self.transposed_from_pullbacks(problem, interval, pullbacks, cotangent)
         return self._transposed_in_a_loop(problem, interval, tree.stack(states), cotangent)
 
     def transposed_from_pullbacks(
-        self, pullbacks: Sequence[Pullback], interval: Interval, cotangent: StepOutputs
+        self, problem: Problem, interval: Interval, pullbacks: Sequence[Pullback], cotangent: StepOutputs
     ) -> tuple[Arrays, Parameters]:
         """`transposed_step`, where the linearisations of the stages that matter are known."""
         tableau, h, count = self.tableau, interval.end - interval.start, len(pullbacks)
@@ -152,9 +153,9 @@ class ExplicitRungeKutta(AbstractSolver):
             weights = (b[i], *(rows[j][i] for j in reversed(range(i + 1, count))))
             dense = tableau.dense[i][: len(of_powers)]
             trees, of_cost = [cotangent.after, *mu, *of_powers], tree.scale(h * b[i], cotangent.cost)
-            kappa = stored_in_kernels(tree.scale(h, tree.weighted_sum((*weights, *dense), trees)))
+            kappa = problem.stored(tree.scale(h, tree.weighted_sum((*weights, *dense), trees)))
             mu_i, gradient = pullbacks[i](Rates(kappa, of_cost))
-            mu.append(stored_in_kernels(mu_i))
+            mu.append(problem.stored(mu_i))
             gradients.append(gradient)
         return tree.add(cotangent.after, cotangent.y0, *mu), tree.add(*gradients)
 
@@ -171,7 +172,7 @@ class ExplicitRungeKutta(AbstractSolver):
         for i in range(count):
             state = tree.add(y, tree.scale(h, tree.weighted_sum(rows[i], stages))) if i else y
             rates, pullback = pullback_at(problem, stage_time(interval, self._nodes[i]), state)
-            stages.append(stored_in_kernels(rates.y))
+            stages.append(problem.stored(rates.y))
             pullbacks.append(pullback)
         return pullbacks
 
@@ -221,8 +222,11 @@ class ExplicitRungeKutta(AbstractSolver):
         return count > 1 and not problem.is_in_scalars and count * problem.operations > WRITTEN_OUT_OPERATIONS
 
     def _is_written_out(self, problem: Problem, count: int) -> bool:
-        fuses = not (problem.is_in_scalars or problem.multiplies_matrices)
-        return not (self.is_long(problem, count) or (fuses and count > WRITTEN_OUT_STAGES))
+        if self.is_long(problem, count):
+            return False
+        if count <= WRITTEN_OUT_STAGES or problem.is_in_scalars or problem.multiplies_matrices:
+            return True
+        return stores() and not problem.is_small
 
     @property
     def _nodes(self) -> tuple[float, ...]:
@@ -244,7 +248,7 @@ class ExplicitRungeKutta(AbstractSolver):
         h, rows, stages = interval.end - interval.start, self.tableau.a + self.tableau.dense_a, list(known)
         for i in range(len(known), count):
             state = tree.add(y, tree.scale(h, tree.weighted_sum(rows[i], stages)))
-            stages.append(stored_in_kernels(problem.field(stage_time(interval, self._nodes[i]), state)))
+            stages.append(problem.stored(problem.field(stage_time(interval, self._nodes[i]), state)))
         return stages
 
     def _stages_in_a_loop(
