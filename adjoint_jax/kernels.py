@@ -385,11 +385,24 @@ def _stored_together(
 
 
 def _stored_tangents(values: Sequence[Any], tangents: Sequence[Any], **parameters: Any) -> tuple[list[Any], list[Any]]:
-    return _stored_p.bind(*values, **parameters), list(tangents)
+    """Derivatives are stored, too: by themselves, as lanes may differ in them alone."""
+    return _stored_p.bind(*values, **parameters), _stored_if_any(tangents, **parameters)
+
+
+def _stored_cotangents(cotangents: Sequence[Any], *values: Any, **parameters: Any) -> list[Any]:
+    del values
+    return _stored_if_any(cotangents, **parameters)
+
+
+def _stored_if_any(derivatives: Sequence[Any], **parameters: Any) -> list[Any]:
+    moving = [derivative for derivative in derivatives if not isinstance(derivative, ad.Zero)]
+    left = iter(_stored_p.bind(*moving, **parameters) if moving else [])
+    return [derivative if isinstance(derivative, ad.Zero) else next(left) for derivative in derivatives]
 
 
 _stored_p = Primitive("adjoint_jax_stored")
 _stored_p.def_abstract_eval(_same)
 batching.primitive_batchers[_stored_p] = _stored_together
 ad.primitive_jvps[_stored_p] = _stored_tangents
+ad.primitive_transposes[_stored_p] = _stored_cotangents
 _register(_stored_p, _same, _apart)

@@ -75,6 +75,40 @@ def test_kernels_of_loops(stepping, quantity, lanes, in_one, in_all):
     assert total <= in_all
 
 
+def elementwise(t, y, weights):
+    return jnp.tanh(jnp.roll(y, 1) * weights[0]) - y
+
+
+def residual(t, y, weights):
+    return y + 0.1 * jnp.tanh(y @ weights)
+
+
+@pytest.mark.parametrize("field", [elementwise, residual])
+@pytest.mark.parametrize(
+    ("options", "evaluations"),
+    [
+        ({"controller": aj.PIDController(1e-6, 1e-6)}, 2 + 6 + (1 + 6) + 6),
+        ({"controller": aj.FixedSteps(1000), "solver": aj.RK4()}, 4 + 4 + 4),
+        ({"controller": aj.FixedSteps(1000), "solver": aj.RK4(), "adjoint": aj.ForwardMode()}, 4),
+    ],
+    ids=["adaptive", "grid", "forward mode"],
+)
+def test_no_evaluation_is_computed_again(field, options, evaluations):
+    """Adaptive steps: two for the first step's size, six for a step, as many to take it again from a checkpoint with one
+    for the slope there, and as many to linearise it. Those of a grid may be taken again up to one that is not finite."""
+    y0, weights = jnp.linspace(-1.0, 1.0, 300), jnp.eye(300)
+
+    def loss(weights):
+        return jnp.sum(aj.solve(field, 0.0, 1.0, y0, weights, throw=False, **options).ys ** 2)
+
+    def derivative(weights):
+        return jax.jvp(loss, (weights,), (weights,))[1]
+
+    function = derivative if isinstance(options.get("adjoint"), aj.ForwardMode) else jax.grad(loss)
+    computations = Program(jax.jit(function).lower(weights).compile()).computations.values()
+    assert sum(i.operation == "tanh" for computation in computations for i in computation) <= evaluations
+
+
 @pytest.mark.parametrize(("quantity", "loops"), [("forward", 1), ("gradient", 2)])
 def test_arrays_in_the_loops_over_steps_are_small(quantity, loops):
     """Forward and transposed. XLA:CPU takes twice as long for the kernels of a loop in which an array is larger (see
@@ -87,10 +121,11 @@ def test_arrays_in_the_loops_over_steps_are_small(quantity, loops):
 LARGE = 65_536
 
 
-@pytest.mark.parametrize(("quantity", "in_one", "in_all", "copies"), [("forward", 11, 11, 0), ("gradient", 12, 50, 8)])
+@pytest.mark.parametrize(("quantity", "in_one", "in_all", "copies"), [("forward", 11, 11, 0), ("gradient", 14, 44, 5)])
 def test_passes_over_large_states(quantity, in_one, in_all, copies):
     """Kernels of loop bodies that read or write a whole state of many cells: an attempted step is one for each of its six
-    new stages, whose combination and evaluation are one, and five more; a stage of the transposed step is a few."""
+    new stages, whose combination and evaluation are one, and five more; the transposed step, of a linear field, is one
+    for each combination of cotangents and one for each pullback, and two more."""
 
     def end(y0):
         def ring(t, y, args):

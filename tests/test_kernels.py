@@ -10,7 +10,7 @@ from hlo import Program
 from problems import jit, lotka_volterra
 
 import adjoint_jax as aj
-from adjoint_jax.kernels import MOST_ENTRIES, MOST_LANES, in_one_kernel, stored, stored_in_kernels
+from adjoint_jax.kernels import MOST_ENTRIES, MOST_LANES, in_one_kernel, stored, stored_in_lanes
 
 X, W = jnp.linspace(0.1, 0.7, 5), jnp.array([0.3, -0.2, 0.9, 0.4, 0.1])
 
@@ -36,10 +36,11 @@ def plain(x, w, unused=jnp.ones((2, 3))):
     return damped(x, w, unused)
 
 
-def marked(function, *operands):
-    """How many calls of a compiled program are to be single kernels."""
-    text = jax.jit(function).lower(*operands).compile().as_text()
-    return sum(" call(" in line and 'inlineable="false"' in line for line in text.splitlines())
+def marked(function, *operands, kernel=False):
+    """How many calls of a compiled program are to stay calls; or those of them that are to be single kernels."""
+    lines = jax.jit(function).lower(*operands).compile().as_text().splitlines()
+    calls = [line for line in lines if " call(" in line and 'inlineable="false"' in line]
+    return sum('small_call="true"' in line or not kernel for line in calls)
 
 
 def agree(ours, theirs):
@@ -101,18 +102,25 @@ def test_lanes_and_derivatives_are_compiled_in_the_usual_way():
     agree(jax.linearize(lambda w: in_kernel(X, w)[0], W)[1](X), jax.linearize(lambda w: plain(X, w)[0], W)[1](X))
 
 
-def test_what_is_stored_in_lanes_comes_from_a_call():
+@pytest.mark.parametrize(("store", "alone"), [(stored_in_lanes, 0), (stored, 1)])
+def test_what_is_stored_comes_from_a_call(store, alone):
+    """And so do its derivatives."""
+
     def twice(x):
-        sine, name = stored((jnp.sin(x), "sine"))
+        sine, name = store((jnp.sin(x), "sine"))
         assert name == "sine"
         return sine * jnp.cos(sine), sine
 
     def expected(x):
         return jnp.sin(x) * jnp.cos(jnp.sin(x)), jnp.sin(x)
 
+    def pulled_back(x):
+        return jax.vjp(twice, x)[1]((x, x))
+
     xs = X * jnp.arange(1.0, 4.0)[:, None]
-    assert marked(jax.vmap(twice), xs) == 1
-    assert marked(twice, X) == 0
+    for function, calls in ((twice, 1), (lambda x: jax.jvp(twice, (x,), (x,)), 2), (pulled_back, 2)):
+        assert marked(jax.vmap(function), xs) == calls
+        assert marked(function, X) == alone * calls
     for transform in (lambda f: f, jax.vmap, lambda f: jax.vmap(jax.vmap(f)), lambda f: jax.vmap(jax.jacfwd(f))):
         agree(jit(transform(twice))(xs), transform(expected)(xs))
         agree(transform(twice)(xs), transform(expected)(xs))
@@ -120,13 +128,13 @@ def test_what_is_stored_in_lanes_comes_from_a_call():
     agree(*(pull((xs, xs)) for pull in pulled))
 
 
-def test_in_kernels_scalars_of_few_lanes_are_stored():
+def test_scalars_of_few_lanes_are_stored():
     def doubled(x):
-        return stored_in_kernels((2.0 * x, X[0]))
+        return stored((2.0 * x, X[0]))
 
     few, many = jnp.arange(4.0), jnp.arange(MOST_LANES + 1.0)
-    assert marked(jax.vmap(doubled), few) == 1
-    assert marked(jax.vmap(doubled), many) == marked(doubled, few[0]) == marked(jax.vmap(doubled), few[:, None]) == 0
+    assert marked(jax.vmap(doubled), few) == marked(jax.vmap(doubled), few[:, None]) == 1
+    assert marked(jax.vmap(doubled), many) == marked(doubled, few[0]) == 0
     for xs in (few, many):
         agree(jit(jax.vmap(doubled))(xs), (2.0 * xs, jnp.full(len(xs), X[0])))
 
@@ -165,8 +173,8 @@ def loss(rates, adjoint):
 @pytest.mark.parametrize("adjoint", ADJOINTS, ids=lambda adjoint: type(adjoint).__name__)
 def test_small_solves_and_their_gradients_are_kernels(adjoint):
     gradient = functools.partial(jax.grad(loss), adjoint=adjoint)
-    assert marked(functools.partial(loss, adjoint=adjoint), RATES) == 1
-    assert marked(gradient, RATES) == 2
+    assert marked(functools.partial(loss, adjoint=adjoint), RATES, kernel=True) == 1
+    assert marked(gradient, RATES, kernel=True) == 2
 
 
 def test_in_a_training_loop_a_solve_gives_what_it_gives_alone():
