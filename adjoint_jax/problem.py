@@ -177,10 +177,11 @@ class Problem(eqx.Module):
         may be one."""
         return function(*operands) if self.is_small else in_one_kernel(function, *operands)
 
-    def stored(self, values: Any) -> Any:
-        """The same values, of which several evaluations of the vector field are computed: stored, where XLA would compute
-        them anew for each."""
-        return stored(values) if self.fuses else values
+    @property
+    def stored(self) -> Callable[[Any], Any]:
+        """What gives back values from which several evaluations of the vector field are computed: stored, where XLA would
+        compute them anew for each."""
+        return stored if self.fuses else lambda values: values
 
     @property
     def scalars_per_array(self) -> int:

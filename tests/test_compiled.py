@@ -76,37 +76,45 @@ def test_kernels_of_loops(stepping, quantity, lanes, in_one, in_all):
 
 
 def elementwise(t, y, weights):
-    return jnp.tanh(jnp.roll(y, 1) * weights[0]) - y
+    return jnp.roll(y, 1) * weights[0] - y * (1 - y * y)
 
 
 def residual(t, y, weights):
-    return y + 0.1 * jnp.tanh(y @ weights)
+    return y * y - (y * y) @ weights
 
 
-@pytest.mark.parametrize("field", [elementwise, residual])
+STORING = {
+    "adaptive": {"controller": aj.PIDController(1e-6, 1e-6)},
+    "given grid": {"controller": aj.FixedSteps(1000), "solver": aj.RK4()},
+    "forward mode": {"controller": aj.FixedSteps(1000), "solver": aj.RK4(), "adjoint": aj.ForwardMode()},
+}
+
+
 @pytest.mark.parametrize(
-    ("options", "evaluations"),
+    ("field", "case", "bound"),
     [
-        ({"controller": aj.PIDController(1e-6, 1e-6)}, 2 + 6 + (1 + 6) + 6),
-        ({"controller": aj.FixedSteps(1000), "solver": aj.RK4()}, 4 + 4 + 4),
-        ({"controller": aj.FixedSteps(1000), "solver": aj.RK4(), "adjoint": aj.ForwardMode()}, 4),
+        (elementwise, "adaptive", 190),
+        (elementwise, "given grid", 115),
+        (elementwise, "forward mode", 85),
+        (residual, "adaptive", 280),
+        (residual, "given grid", 100),
+        (residual, "forward mode", 66),
     ],
-    ids=["adaptive", "grid", "forward mode"],
 )
-def test_no_evaluation_is_computed_again(field, options, evaluations):
-    """Adaptive steps: two for the first step's size, six for a step, as many to take it again from a checkpoint with one
-    for the slope there, and as many to linearise it. Those of a grid may be taken again up to one that is not finite."""
-    y0, weights = jnp.linspace(-1.0, 1.0, 300), jnp.eye(300)
+def test_nothing_is_computed_again_for_every_use(field, case, bound):
+    """Multiplications in a compiled derivative. Where stages, or their cotangents or tangents, are not stored, XLA fuses
+    what computes one into all that use it, and there are 1.4 to 2.5 times as many."""
 
     def loss(weights):
-        return jnp.sum(aj.solve(field, 0.0, 1.0, y0, weights, throw=False, **options).ys ** 2)
+        y0 = jnp.linspace(-1.0, 1.0, 300)
+        return jnp.sum(aj.solve(field, 0.0, 1.0, y0, weights, throw=False, **STORING[case]).ys ** 2)
 
-    def derivative(weights):
+    def along(weights):
         return jax.jvp(loss, (weights,), (weights,))[1]
 
-    function = derivative if isinstance(options.get("adjoint"), aj.ForwardMode) else jax.grad(loss)
-    computations = Program(jax.jit(function).lower(weights).compile()).computations.values()
-    assert sum(i.operation == "tanh" for computation in computations for i in computation) <= evaluations
+    derivative = along if case == "forward mode" else jax.grad(loss)
+    computations = Program(jax.jit(derivative).lower(jnp.eye(300)).compile()).computations.values()
+    assert sum(i.operation == "multiply" for computation in computations for i in computation) <= bound
 
 
 @pytest.mark.parametrize(("quantity", "loops"), [("forward", 1), ("gradient", 2)])

@@ -146,16 +146,16 @@ class ExplicitRungeKutta(AbstractSolver):
         """`transposed_step`, where the linearisations of the stages that matter are known."""
         tableau, h, count = self.tableau, interval.end - interval.start, len(pullbacks)
         rows, b = tableau.a + tableau.dense_a, tableau.b + (0.0,) * self.extra_stages
-        of_powers = cotangent.coefficients or []
+        of_powers, stored = cotangent.coefficients or [], problem.stored
         mu: list[Arrays] = []
         gradients = []
         for i in reversed(range(count)):
             weights = (b[i], *(rows[j][i] for j in reversed(range(i + 1, count))))
             dense = tableau.dense[i][: len(of_powers)]
             trees, of_cost = [cotangent.after, *mu, *of_powers], tree.scale(h * b[i], cotangent.cost)
-            kappa = problem.stored(tree.scale(h, tree.weighted_sum((*weights, *dense), trees)))
+            kappa = stored(tree.scale(h, tree.weighted_sum((*weights, *dense), trees)))
             mu_i, gradient = pullbacks[i](Rates(kappa, of_cost))
-            mu.append(problem.stored(mu_i))
+            mu.append(stored(mu_i))
             gradients.append(gradient)
         return tree.add(cotangent.after, cotangent.y0, *mu), tree.add(*gradients)
 
@@ -168,11 +168,11 @@ class ExplicitRungeKutta(AbstractSolver):
     def _linearised(self, problem: Problem, interval: Interval, y: Arrays, count: int) -> list[Pullback]:
         """The same where the stages are not known. One linearisation of a stage gives k_i and its pullback."""
         h, rows = interval.end - interval.start, self.tableau.a + self.tableau.dense_a
-        stages, pullbacks = [], []
+        stored, stages, pullbacks = problem.stored, [], []
         for i in range(count):
             state = tree.add(y, tree.scale(h, tree.weighted_sum(rows[i], stages))) if i else y
             rates, pullback = pullback_at(problem, stage_time(interval, self._nodes[i]), state)
-            stages.append(problem.stored(rates.y))
+            stages.append(stored(rates.y))
             pullbacks.append(pullback)
         return pullbacks
 
@@ -246,9 +246,10 @@ class ExplicitRungeKutta(AbstractSolver):
         if self.is_long(problem, count - len(known)):
             return self._stages_in_a_loop(problem, interval, y, known, count)
         h, rows, stages = interval.end - interval.start, self.tableau.a + self.tableau.dense_a, list(known)
+        stored = problem.stored
         for i in range(len(known), count):
             state = tree.add(y, tree.scale(h, tree.weighted_sum(rows[i], stages)))
-            stages.append(problem.stored(problem.field(stage_time(interval, self._nodes[i]), state)))
+            stages.append(stored(problem.field(stage_time(interval, self._nodes[i]), state)))
         return stages
 
     def _stages_in_a_loop(
@@ -268,14 +269,15 @@ class ExplicitRungeKutta(AbstractSolver):
         return jnp.stack([stage_time(interval, node) for node in nodes])
 
 
-WRITTEN_OUT_OPERATIONS = 2500
-"""Of a step's field evaluations. Longer steps are loops over stages, forward and transposed, as compilation takes time and
-memory that grow faster than programs do. Measured on a CPU with Tsit5 on residual networks of 16 to 128 components and 2 to
-64 samples, the time of a gradient in loops in that of one written out, and that to build it: with 850 operations 1.0 to 1.6
-and 0.7; with 2,000, 1.03 to 1.3 and 0.5; with 2,700, 0.91 to 1.05 and 0.4; with 4,000 0.7 and 0.37."""
+WRITTEN_OUT_OPERATIONS = 2000
+"""Of a step's field evaluations. Longer steps are loops over stages, forward and transposed: compilation takes time that
+grows faster than programs do. Measured on a CPU with Tsit5 on residual networks of 32 to 128 components and 4 to 64
+samples, the time of a gradient in loops in that of one written out, and that to build it: with 800 to 1,200 operations 0.86
+to 1.4 and 0.65; with 1,900, 0.75 to 1.2 and 0.5; with 2,700, 0.91 to 1.05 and 0.4; with 4,000 0.7 and 0.37."""
 
 WRITTEN_OUT_STAGES = 4
-"""The transposed step is written out for so few stages, in scalars, and where the field multiplies matrices. Else it is a
-loop, since XLA's fusion would compute earlier stages again inside later ones: on a CPU, Tsit5's written-out gradients of
-elementwise fields take 1 to 4 times the loop's time, with 2 to 500,000 components and 1 to 256 lanes; those of networks and
-linear systems 0.2 to 1.0 times."""
+"""The transposed step is written out for so few stages, in scalars, where the field multiplies matrices, and where what it
+computes is `stored`, but for systems that are one kernel: there, six stages written out take 0.8 of the time, and 1.1 of
+that to build. Else it is a loop, since XLA's fusion would compute earlier stages again inside later ones. Measured on a CPU
+with Tsit5 and 256 to 65,536 cells on a ring, the time of a gradient written out in that of the loop: 1.5 to 9, but stored
+0.35 to 0.85."""
