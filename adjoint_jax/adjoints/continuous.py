@@ -120,6 +120,7 @@ def _backward(
     run: Run,
     adjoint: AbstractContinuousAdjoint,
 ) -> Inputs:
+    inputs = tree.as_jax(inputs)
     problem = inputs.problem.without_cost() if is_zero(cotangent[0].cost) else inputs.problem
     way = Way(problem, run.integrator, residuals.report, residuals.last)
     asked = _Asked(way, inputs.requests, residuals.saved, cotangent[0])

@@ -104,6 +104,7 @@ def backward(
     adjoint: AbstractExactAdjoint,
 ) -> Inputs:
     """The derivatives with respect to all inputs."""
+    inputs = tree.as_jax(inputs)
     integrator, requests, solver = run.integrator, inputs.requests, run.integrator.solver
     problem = inputs.problem.without_cost() if is_zero(cotangent[0].cost) else inputs.problem
     sweep = _Sweep(Way(problem, integrator, residuals.report, residuals.last), requests, residuals.trail, cotangent[0])
