@@ -135,23 +135,18 @@ class Problem(eqx.Module):
     @property
     def multiplies_matrices(self) -> bool:
         """Whether the vector field does."""
-        return multiplies_matrices(self._program)
+        field = self.vector_field
+        traced = field if isinstance(field, Hoisted) else jax.make_jaxpr(self.field)(self.t0, self.y0)
+        return multiplies_matrices(traced.jaxpr)
 
     @property
     def fuses(self) -> bool:
-        """Whether XLA can fuse one evaluation of the vector field with the next: whether any of its results depends on the
-        state without a product of matrices in between."""
-        if self.is_in_scalars:
-            return True
-        operands = range(len(self._program.invars))
-        of_y = range(1, 1 + len(jax.tree.leaves(self.y0)))
-        return any(varying_results(self._program, [i in of_y for i in operands], PRODUCTS))
-
-    @property
-    def _program(self) -> Any:
-        """The vector field's, of the time, the state, and what else."""
-        field = self.vector_field
-        return (field if isinstance(field, Hoisted) else jax.make_jaxpr(self.field)(self.t0, self.y0)).jaxpr
+        """Whether it is known that XLA can fuse one evaluation of the vector field with the next: whether any of its
+        results depends on the state without a product of matrices in between."""
+        if self.is_in_scalars or not isinstance(self.vector_field, Hoisted):
+            return self.is_in_scalars
+        program, of_y = self.vector_field.jaxpr, range(1, 1 + len(jax.tree.leaves(self.y0)))
+        return any(varying_results(program, [i in of_y for i in range(len(program.invars))], PRODUCTS))
 
     @property
     def operations(self) -> int:

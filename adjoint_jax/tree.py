@@ -166,7 +166,11 @@ def as_array(value: Any, dtype: DTypeLike) -> Array | np.ndarray:
 
 def as_jax(values: PyTree[Any]) -> PyTree[Any]:
     """The same with JAX's arrays for NumPy's, and for those that JAX itself makes of constants in derivatives."""
-    return map(lambda leaf: jnp.asarray(leaf) if hasattr(leaf, "dtype") and not isinstance(leaf, jax.Array) else leaf, values)
+
+    def is_foreign(leaf: Any) -> bool:
+        return hasattr(leaf, "dtype") and not isinstance(leaf, jax.Array)
+
+    return map(lambda leaf: jnp.asarray(leaf) if is_foreign(leaf) else leaf, values)
 
 
 def as_times(times: Any) -> Any:

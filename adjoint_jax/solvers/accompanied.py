@@ -1,9 +1,8 @@
 """An explicit Runge-Kutta method that integrates something else along its stages."""
 
-import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from jaxtyping import Array, Bool
+from jaxtyping import Array, Bool, PyTree
 
 from adjoint_jax import tree
 from adjoint_jax.hoisting import Function
@@ -69,8 +68,13 @@ class Accompanied(AbstractSolver):
 
     def step(self, problem: Problem, interval: Interval, state: Along, first: Arrays | None) -> Step:
         del first
-        together = dataclasses.replace(problem.of_field(lambda t, state, args: self.rates(t, state.y, args)), y0=state)
-        step = self.method.step(together, interval, state, None)
+        stored = problem.stored
+
+        def together(t: Scalar, state: Along, args: PyTree[Any]) -> Along:
+            rates = self.rates(t, state.y, args)
+            return Along(stored(rates.y), rates.integral)
+
+        step = self.method.step(problem.of_field(together), interval, state, None)
         error = None if step.error is None else step.error.y
         return step._replace(stages=tuple(stage.y for stage in step.stages), error=error)
 
