@@ -102,9 +102,8 @@ def test_compiled_programs_hold_few_copies_of_a_long_field(loops):
 
 
 @pytest.mark.parametrize("case", ["adaptive", "rows", "backsolve"])
-def test_programs_that_are_compiled_hold_fewer(case):
-    """However often a program is called, it is lowered once; and once more after what is not needed of it has been left out
-    in one place."""
+def test_a_field_is_lowered_a_few_times_however_often_it_is_called(case):
+    """Itself, its linearisation, and each of them again where some of its results are not needed: some twenty calls."""
     assert lowered(case).as_text().count("stablehlo.tanh") <= 6 * LAYERS
 
 
