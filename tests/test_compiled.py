@@ -60,7 +60,7 @@ def test_a_small_solve_is_cheap():
     ("stepping", "quantity", "lanes", "in_one", "in_all"),
     [
         ("adaptive", "forward", False, 44, 92),
-        ("adaptive", "gradient", False, 50, 200),
+        ("adaptive", "gradient", False, 50, 197),
         ("adaptive", "forward", True, 75, 212),
         ("adaptive", "gradient", True, 100, 545),
         ("given grid", "forward", False, 9, 23),
@@ -98,7 +98,7 @@ STORING = {
         (elementwise, "forward mode", 85),
         (residual, "adaptive", 280),
         (residual, "given grid", 100),
-        (residual, "forward mode", 72),
+        (residual, "forward mode", 68),
     ],
 )
 def test_nothing_is_computed_again_for_every_use(field, case, bound):
