@@ -370,7 +370,8 @@ class _SteppingLoop(NamedTuple):
         return tuple(recorder.note(step, accepted) for recorder in self.recorders)
 
     def _attempt(self, journey: _Journey) -> tuple[_Journey, Step, Bool[Array, ""]]:
-        """Try one step: the journey after it; the step, of no length if it was not accepted; and whether it was.
+        """Try one step: the journey after it; the step, whose state is left as it was if it was not accepted; and whether it
+        was.
 
         A lane that has ended stands still: its step is not accepted.
         """
@@ -381,11 +382,7 @@ class _SteppingLoop(NamedTuple):
         ratio = self.controller.ratio(self.solver, step)
         of_step = interval, ratio, step.factor, step.iterations
         (ahead, course, runs), accepted = decide(self._judged, _Journey(numbers, course, runs), *of_step)
-        kept = step._replace(
-            interval=interval._replace(end=ahead.t),
-            after=tree.where(accepted, step.after, walk.state),
-            error=None,
-        )
+        kept = step._replace(after=tree.where(accepted, step.after, walk.state), error=None)
         walk = ahead._replace(state=kept.after, slope=self._next_slope(walk, kept, accepted))
         return _Journey(walk, course, runs), kept, accepted
 

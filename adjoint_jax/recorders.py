@@ -246,7 +246,7 @@ class StateRecorder(AbstractRecorder):
         return States(times, tree.buffer(layout.slots, problem.y0), jnp.zeros(layout.slots, bool))
 
     def note(self, step: Step, accepted: Bool[Array, ""]) -> States:
-        return States(step.interval.end, self.solver.output(step.after), accepted)
+        return States(step.reached(accepted), self.solver.output(step.after), accepted)
 
     def write(self, record: States, place: Place, notes: States) -> States:
         return put_block(record, place.slot, notes)
@@ -316,7 +316,7 @@ class QuadratureRecorder(AbstractRecorder):
 def _noted(solver: AbstractSolver, step: Step, accepted: Bool[Array, ""]) -> InterpolantNote:
     """The step's interpolant, of no length if the step was not accepted."""
     interpolant = solver.interpolant(stored_in_lanes(step))
-    interpolant = interpolant._replace(end=jnp.where(accepted, interpolant.end, interpolant.start))
+    interpolant = interpolant._replace(end=step.reached(accepted))
     return stored_in_lanes(InterpolantNote.of(interpolant, solver.dense_degree))
 
 

@@ -120,8 +120,7 @@ class TimesRecorder(AbstractRecorder):
         return Times(times=jnp.full(layout.slots + chunk + 1, problem.t0), keep=KeepStates(), length=chunk)
 
     def note(self, step: Step, accepted: Bool[Array, ""]) -> Scalar:
-        del accepted
-        return step.interval.end
+        return step.reached(accepted)
 
     def write(self, record: Times, place: Place, notes: Float[Array, " steps"]) -> Times:
         return dataclasses.replace(record, times=put_block(record.times, place.slot + 1, notes))

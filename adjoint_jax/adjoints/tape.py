@@ -242,9 +242,8 @@ class StepRecorder(AbstractRecorder):
         raise NotImplementedError("A tape is started by a TapeRecorder.")
 
     def note(self, step: Step, accepted: Bool[Array, ""]) -> TapeNote:
-        del accepted
         kept = self.keep.of(self.problem, self.solver, step, interpolated=self.interpolated)
-        return TapeNote(kept, step.interval.end)
+        return TapeNote(kept, step.reached(accepted))
 
     def blank_note(self, step: Step) -> TapeNote:
         kept = shapes_kept(self.keep, self.problem, self.solver, interpolated=self.interpolated)

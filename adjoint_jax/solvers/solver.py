@@ -7,6 +7,7 @@ from typing import ClassVar, NamedTuple
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 from adjoint_jax import tree
@@ -35,6 +36,10 @@ class Step(NamedTuple):
     iterations: Int[Array, ""] | None = None
     factor: Scalar | None = None
     """By what a method of variable order wants the step size to change, in place of the controller's own choice."""
+
+    def reached(self, accepted: Bool[Array, ""]) -> Scalar:
+        """The time at which the step is left: its end, or its start if it was not accepted."""
+        return jnp.where(accepted, self.interval.end, self.interval.start)
 
 
 class StepOutputs(NamedTuple):
