@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING
 
 from adjoint_jax.adjoints.discrete import DiscreteAdjoint
 from adjoint_jax.adjoints.forward_mode import ForwardMode
-from adjoint_jax.adjoints.keep import KeepLinearisations, KeepStages, KeepStates
+from adjoint_jax.adjoints.keep import KeepStages, KeepStates
+from adjoint_jax.adjoints.linearisations import KeepLinearisations
 from adjoint_jax.controllers.grids import FixedSteps, StepTo
 from adjoint_jax.controllers.step_sizes import ConstantStepSize, PIDController
 from adjoint_jax.problem import Split

@@ -14,10 +14,15 @@ from adjoint_jax.tree import Arrays, Scalar
 Function = Callable[[Scalar, PyTree[Any], PyTree[Any]], PyTree[Any]]
 """Of a time, a state and args."""
 
+Rule = Callable[[Any, list[Any]], Sequence[Any]]
+"""What computes the results of an equation from its operands."""
+
 PRODUCTS = frozenset({"dot_general", "conv_general_dilated", "ragged_dot_general"})
-"""What XLA fuses nothing across."""
-CALLS = frozenset({"jit", "pjit", "closed_call"})
+"""Products of matrices and convolutions: what XLA fuses nothing across."""
+CALLS = frozenset({"jit", "pjit"})
 """Equations that call a program and do nothing else."""
+OWN_PULLBACKS = frozenset({"custom_vjp_call", "custom_vjp_call_jaxpr"})
+"""Equations whose pullback is whatever the user says, linear or not."""
 
 
 class Program:
@@ -74,16 +79,48 @@ def hoisted(function: Function, t: Scalar, y: Arrays, args: PyTree[Any]) -> Hois
     return Hoisted(closed.consts, Program(closed.jaxpr), jax.tree.structure(shapes))
 
 
-def interpreted(jaxpr: Any, values: Sequence[Any], rule: Callable[[Any, list[Any]], Sequence[Any]]) -> list[Any]:
+def interpreted(jaxpr: Any, values: Sequence[Any], rule: Rule) -> list[Any]:
     """The results of a program, of whose equations each is computed by `rule(equation, operands)`."""
     known = dict(zip([*jaxpr.constvars, *jaxpr.invars], values, strict=True))
+    return results_of(jaxpr.eqns, known, jaxpr.outvars, rule)
 
-    def read(variable: Any) -> Any:
-        return variable.val if hasattr(variable, "val") else known[variable]
 
-    for equation in jaxpr.eqns:
-        known.update(zip(equation.outvars, rule(equation, [read(v) for v in equation.invars]), strict=True))
-    return [read(variable) for variable in jaxpr.outvars]
+def computed(equation: Any, operands: Sequence[Any]) -> Sequence[Any]:
+    """The results of an equation."""
+    results = equation.primitive.bind(*operands, **equation.params)
+    return results if equation.primitive.multiple_results else [results]
+
+
+def inlined(closed: Any) -> Any:
+    """A closed program with all those written out that its equations do nothing but call."""
+
+    def written_out(equation: Any, operands: Sequence[Any]) -> Sequence[Any]:
+        if equation.primitive.name not in CALLS:
+            return computed(equation, operands)
+        called = equation.params["jaxpr"]
+        return interpreted(called.jaxpr, [*called.consts, *operands], written_out)
+
+    def program(*operands: Any) -> list[Any]:
+        return interpreted(closed.jaxpr, [*closed.consts, *operands], written_out)
+
+    return jax.make_jaxpr(program)(*(jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in closed.jaxpr.invars))
+
+
+def results_of(equations: Sequence[Any], known: dict[Any, Any], wanted: Sequence[Any], rule: Rule) -> list[Any]:
+    """What some variables become, given others and the equations that lead from these to those."""
+    for equation in equations:
+        operands = [_read(known, variable) for variable in equation.invars]
+        known.update(zip(equation.outvars, rule(equation, operands), strict=True))
+    return [_read(known, variable) for variable in wanted]
+
+
+def _read(known: dict[Any, Any], variable: Any) -> Any:
+    return known[variable] if is_computed(variable) else variable.val
+
+
+def is_computed(variable: Any) -> bool:
+    """Whether it is no constant that stands in the program itself."""
+    return not hasattr(variable, "val")
 
 
 def varying_results(jaxpr: Any, varies: Sequence[bool], but_by: frozenset[str] = frozenset()) -> list[bool]:
@@ -92,7 +129,7 @@ def varying_results(jaxpr: Any, varies: Sequence[bool], but_by: frozenset[str] =
     varying = {variable for variable, does in zip(jaxpr.invars, varies, strict=True) if does}
 
     def is_varying(variable: Any) -> bool:
-        return not hasattr(variable, "val") and variable in varying
+        return is_computed(variable) and variable in varying
 
     for equation in jaxpr.eqns:
         operands = [is_varying(variable) for variable in equation.invars]
@@ -104,10 +141,10 @@ def varying_results(jaxpr: Any, varies: Sequence[bool], but_by: frozenset[str] =
     return [is_varying(variable) for variable in jaxpr.outvars]
 
 
-def multiplies_matrices(jaxpr: Any) -> bool:
-    """Whether a program, or one that it calls, contains products of matrices or convolutions."""
+def contains(jaxpr: Any, kinds: frozenset[str]) -> bool:
+    """Whether a program, or one that it calls, has equations of some kinds."""
     called = (program for equation in jaxpr.eqns for program in programs_of(equation))
-    return any(equation.primitive.name in PRODUCTS for equation in jaxpr.eqns) or any(map(multiplies_matrices, called))
+    return any(equation.primitive.name in kinds for equation in jaxpr.eqns) or any(contains(one, kinds) for one in called)
 
 
 def operations(jaxpr: Any) -> int:

@@ -370,8 +370,8 @@ class _SteppingLoop(NamedTuple):
         return tuple(recorder.note(step, accepted) for recorder in self.recorders)
 
     def _attempt(self, journey: _Journey) -> tuple[_Journey, Step, Bool[Array, ""]]:
-        """Try one step: the journey after it; the step, whose state is left as it was if it was not accepted; and whether it
-        was.
+        """Try one step: the journey after it; the step, whose state is left as it was if it was not accepted; and whether
+        it was.
 
         A lane that has ended stands still: its step is not accepted.
         """

@@ -138,6 +138,11 @@ def stored(values: Any) -> Any:
     return _stored(values, _Storing(alone=False, most_lanes=MOST_LANES))
 
 
+def stored_alone(values: Any) -> Any:
+    """`stored` outside of lanes of a `vmap`."""
+    return _stored(values, _Storing(alone=True, most_lanes=0))
+
+
 def stored_in_lanes(values: Any) -> Any:
     """`stored` in lanes of a `vmap`, however many there are and whatever the values are."""
     return _stored(values, _Storing(alone=False, most_lanes=None))

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float, PyTree
 
 from adjoint_jax import tree
-from adjoint_jax.hoisting import PRODUCTS, Hoisted, hoisted, multiplies_matrices, operations, varying_results
+from adjoint_jax.hoisting import PRODUCTS, Hoisted, contains, hoisted, operations, varying_results
 from adjoint_jax.kernels import in_blocks, in_one_kernel, stored
 from adjoint_jax.scalars import ScalarProgram
 from adjoint_jax.stacks import with_selections
@@ -134,10 +134,10 @@ class Problem(eqx.Module):
 
     @property
     def multiplies_matrices(self) -> bool:
-        """Whether the vector field does."""
+        """Whether the vector field does, or convolves."""
         field = self.vector_field
         traced = field if isinstance(field, Hoisted) else jax.make_jaxpr(self.field)(self.t0, self.y0)
-        return multiplies_matrices(traced.jaxpr)
+        return contains(traced.jaxpr, PRODUCTS)
 
     @property
     def fuses(self) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
-from adjoint_jax.hoisting import CALLS, Hoisted, hoisted, interpreted
+from adjoint_jax.hoisting import CALLS, Hoisted, computed, hoisted, interpreted
 from adjoint_jax.tree import Arrays, Scalar
 
 MOST_FUSED = 8
@@ -56,8 +56,7 @@ def _outputs(equation: Any, operands: list[Any]) -> Sequence[Any]:
     if _calls_long_stacks(equation):
         closed = equation.params["jaxpr"]
         return _evaluated(closed.jaxpr, closed.consts, *operands)
-    results = equation.primitive.bind(*operands, **equation.params)
-    return results if equation.primitive.multiple_results else [results]
+    return computed(equation, operands)
 
 
 def _selected(parts: Sequence[Array]) -> Array:

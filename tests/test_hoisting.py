@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from adjoint_jax.hoisting import multiplies_matrices
+from adjoint_jax.hoisting import PRODUCTS, contains
 
 Y = jnp.ones((3, 3))
 
@@ -30,4 +30,4 @@ squared.defjvp(lambda primals, tangents: (squared(*primals), primals[0] @ tangen
     ],
 )
 def test_products_of_matrices_are_found_wherever_they_are(function, multiplies):
-    assert multiplies_matrices(jax.make_jaxpr(function)(Y).jaxpr) is multiplies
+    assert contains(jax.make_jaxpr(function)(Y).jaxpr, PRODUCTS) is multiplies

@@ -14,6 +14,7 @@ ROOMS = (
     "lanes",
     "forward_only",
     "hoisting",
+    "halves",
     "kernels",
     "scalars",
     "stacks",

@@ -7,8 +7,7 @@ import pytest
 from hlo import Program
 
 import adjoint_jax as aj
-from adjoint_jax.adjoints.keep import suitable_keep
-from adjoint_jax.problem import Problem, hoist
+from adjoint_jax.diagnostics import memory_plan
 from adjoint_jax.solvers import explicit_runge_kutta
 
 LAYERS, WIDTH = 8, 3
@@ -113,12 +112,15 @@ def lowered(case):
 
 def test_linearisations_of_a_long_field_are_not_kept_by_default(monkeypatch):
     """They would be written out for every stage."""
-    zero, y0, weights = jnp.zeros(()), jnp.asarray(Y0), jnp.asarray(np.tile(WEIGHTS, (10, 1, 1)))
-    problem = Problem(hoist(layers, zero, y0, weights), None, weights, y0, zero, zero + 1)
+    y0, weights = jnp.asarray(Y0), jnp.asarray(np.tile(WEIGHTS, (10, 1, 1)))
 
-    def chosen():
-        return suitable_keep(problem, aj.RK4(), 7, interpolated=False)
+    def layer(t, y, weights):
+        return jnp.tanh(y @ weights[0])
 
-    assert isinstance(chosen(), aj.KeepLinearisations)
-    monkeypatch.setattr(explicit_runge_kutta, "WRITTEN_OUT_OPERATIONS", LAYERS)
-    assert isinstance(chosen(), aj.KeepStates)
+    def kept():
+        plan = memory_plan(layer, 0.0, 1.0, y0, weights, solver=aj.RK4(), controller=aj.FixedSteps(7))
+        return plan.memory.kept[0].what
+
+    assert kept() == "linearisations"
+    monkeypatch.setattr(explicit_runge_kutta, "WRITTEN_OUT_OPERATIONS", 4)
+    assert kept() == "states"

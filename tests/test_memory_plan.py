@@ -82,16 +82,18 @@ def wide(t, y, weights):
 
 
 def test_linearisations_are_chosen_where_evaluations_are_bound_by_parameters():
-    """One point and a layer of 256; not for 64 points, nor where steps, or states, are the larger part."""
+    """One point and a layer of 256; not for 64 points, nor where steps, or states, are the larger part; with adaptive steps
+    also not where parameters are few."""
+    adaptive = {"controller": aj.PIDController(), "solver": aj.Tsit5()}
 
-    def chosen(points=1, **options):
-        y0, weights = (jax.ShapeDtypeStruct((n, 256), jnp.float32) for n in (points, 256))
+    def chosen(points=1, width=256, **options):
+        y0, weights = (jax.ShapeDtypeStruct((n, width), jnp.float32) for n in (points, width))
         return memory_plan(wide, 0.0, 1.0, y0, weights, **{**GRID, **options}).memory.kept[0].what
 
-    assert chosen() == "linearisations"
-    assert chosen(points=64) == "states"
+    assert chosen() == chosen(width=512, **adaptive) == "linearisations"
+    assert chosen(points=64) == chosen(points=64, width=512, **adaptive) == "states"
+    assert chosen(**adaptive) == "states"
     assert chosen(controller=aj.FixedSteps(4000)) == "states"
-    assert chosen(controller=aj.PIDController(), solver=aj.Tsit5()) == "states"
     assert chosen(solver=aj.Reversible(aj.RK4())) == "states"
     assert chosen(adjoint=aj.DiscreteAdjoint(checkpoints=3)) == "states"
     assert chosen(adjoint=aj.DiscreteAdjoint(keep=aj.KeepStates())) == "states"

@@ -5,7 +5,8 @@ import equinox as eqx
 from adjoint_jax.adjoints.adjoint import Inputs, Run, Saved
 from adjoint_jax.adjoints.componentwise import solve_in_scalars
 from adjoint_jax.adjoints.exact import AbstractExactAdjoint
-from adjoint_jax.adjoints.keep import AbstractKeep, KeepStates, suitable_keep
+from adjoint_jax.adjoints.keep import AbstractKeep, KeepStates
+from adjoint_jax.adjoints.linearisations import suitable_keep
 from adjoint_jax.adjoints.tape import check_checkpoints, tape_recorder
 from adjoint_jax.integrate import Integrator, Report
 from adjoint_jax.recorders import AbstractRecorder
@@ -30,10 +31,10 @@ class DiscreteAdjoint(AbstractExactAdjoint):
       states of a given grid are kept if they fit in 128 MiB (16 MiB in every lane of a `vmap`), or in the `bytes` of
       `KeepStates(bytes)`, and otherwise those at the starts of all segments: one repetition, about a fifth of the time.
     - `keep`: what is kept of the steps of a segment: `KeepStates()`; `KeepStages()`; or `KeepLinearisations()`, all that
-      backpropagation needs, so that nothing is computed twice where it fits. By default linearisations where an explicit
-      method takes the steps of a given grid, all of them fit in 16 MiB, those of one step are no larger than the parameters
-      (arrays of the vector field and of `args`), and no checkpoints are asked for; otherwise states.
-      `diagnostics.memory_plan` tells which, and what it takes.
+      backpropagation needs, so that nothing is computed twice where it fits. By default linearisations of explicit
+      methods where those of one step are no larger than the parameters (arrays of the vector field and of `args`), and
+      those of all steps of a given grid fit in 16 MiB, or parameters are at least 1 MiB; where no checkpoints are asked for
+      and no lanes of a `vmap` are seen. Otherwise states. `diagnostics.memory_plan` tells which, and what it takes.
 
     Systems of a few components and parameters, in a field of plain arithmetic, are computed in scalars instead of arrays
     under `vmap` and on given grids, where that is several times as fast.
@@ -62,5 +63,4 @@ class DiscreteAdjoint(AbstractExactAdjoint):
             return self.keep
         if self.checkpoints is not None:
             return KeepStates()
-        (problem, requests), steps = inputs, integrator.grid_steps(inputs.problem)
-        return suitable_keep(problem, integrator.solver, steps, interpolated=requests.interpolated)
+        return suitable_keep(inputs, integrator)

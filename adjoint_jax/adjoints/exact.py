@@ -142,10 +142,11 @@ _solve.def_bwd(backward)
 
 
 class _Swept(NamedTuple):
-    """What the reverse sweep carries: dJ/d(the method's state), dJ/dparameters, and what was pulled back of the rows."""
+    """What the reverse sweep carries: dJ/d(the method's state); dJ/dparameters or, within a chunk, what is gathered for it;
+    and what was pulled back of the rows."""
 
     a: Arrays
-    parameters: Parameters
+    parameters: Any
     rows: tuple[Pulled, ...]
 
 
@@ -173,12 +174,13 @@ class _Sweep:
     def __init__(self, way: Way, requests: Requests, trail: AbstractTrail, cotangent: Saved):
         self.way, self.requests, self.trail = way, requests, trail
         self.problem, self.solver = way.problem, way.integrator.solver
+        self.gathering = trail.keep.gathering(self.problem, self.solver, interpolated=requests.interpolated)
         failed = way.report.status != Status.SUCCESS
         self.row_cotangents = [self._rows(*pair) for pair in zip(requests.rows, cotangent.rows, strict=True)]
         y1 = blame(materialise(cotangent.y1, self.problem.y0), failed)
         self.cost_cotangent = cost_cotangent(self.problem, cotangent.cost, failed)
         asked = (y1, self.cost_cotangent, [g for g in self.row_cotangents if g is not None])
-        self.blamed = failed & ~tree.all_finite(asked)
+        self.blamed = self.problem.decide(lambda failed, fine: failed & ~fine, failed, tree.all_finite(asked))
         self.asked = tree.any_nonzero((asked, cotangent.dense, None if cotangent.states is None else cotangent.states.ys))
         self.y1_cotangent = unknown_if(self.blamed, y1)
         self.states = self.dense_y0 = self.dense_coefficients = None
@@ -244,6 +246,8 @@ class _Sweep:
         are computed in; otherwise for the whole chunk, so that no array in the loop over its steps is large (see
         `recorders`)."""
         step_by_step = self.problem.is_in_scalars
+        gathered = self.gathering.opened(swept.parameters, len(steps.starts))
+        swept = swept._replace(parameters=gathered)
         if not step_by_step:
             all_steps = Steps(steps.starts, steps.ends, self.trail.keep.state(steps.kept), count)
             rows, observed = self._with_rows(all_steps, observed, swept.rows)
@@ -262,15 +266,16 @@ class _Sweep:
             a = swept.a if y1 is None else tree.add(swept.a, self.solver.from_output(state, y1))
             y0 = tree.zeros_like(self.problem.y0) if y0 is None else y0
             cotangent = StepOutputs(a, y0, coefficients, self.cost_cotangent)
-            through, gradient = self.trail.keep.transposed(self.problem, self.solver, interval, kept, cotangent)
+            through, said = self.gathering.transposed(interval, kept, cotangent)
             taken = start != end
-            gradient = tree.where(taken, gradient, tree.zeros_like(gradient))
             through = tree.where(taken, through, tree.add(a, self.solver.from_output(state, y0)))
-            return _Swept(through, tree.add(swept.parameters, gradient), rows)
+            return _Swept(through, self.gathering.entered(swept.parameters, index, said, taken), rows)
 
         if len(steps.starts) == 1:
-            return reverse_step(jnp.zeros((), jnp.int32), swept)
-        return jax.lax.fori_loop(0, count, reverse_step, swept)
+            swept = reverse_step(jnp.zeros((), jnp.int32), swept)
+        else:
+            swept = jax.lax.fori_loop(0, count, reverse_step, swept)
+        return swept._replace(parameters=self.gathering.closed(swept.parameters))
 
     def _with_rows(
         self, steps: Steps, observed: _Observed, all_pulled: tuple[Pulled, ...]

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, DTypeLike, Float, Int, PyTree
 
 from adjoint_jax import tree
-from adjoint_jax.adjoints.keep import KeepLinearisations, bytes_kept
+from adjoint_jax.adjoints.linearisations import KeepLinearisations
 from adjoint_jax.adjoints.trail import Way
 from adjoint_jax.controllers.controller import AbstractController
 from adjoint_jax.controllers.step_sizes import ConstantStepSize
@@ -252,7 +252,7 @@ def _pays_along_stages(problem: Problem, solver: AbstractSolver) -> bool:
         return False
     if all(leaf.ndim < 2 for leaf in jax.tree.leaves(problem.y0)):
         return True
-    of_step = bytes_kept(KeepLinearisations(), problem, solver, interpolated=False)
+    of_step = KeepLinearisations().bytes_of_step(problem, solver, interpolated=False)
     return 3 * of_step >= tree.size_in_bytes(problem.parameters)
 
 

@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from adjoint_jax import tree
 from adjoint_jax.adjoints.adjoint import Inputs
-from adjoint_jax.adjoints.keep import AbstractKeep, bytes_kept, shapes_kept
+from adjoint_jax.adjoints.keep import AbstractKeep
 from adjoint_jax.adjoints.memory import Kept, Memory
 from adjoint_jax.adjoints.revolve import division, places, repetitions, reversible_segments
 from adjoint_jax.adjoints.trail import AbstractTrail, Carry, Segment, Walked, Way, standing_still
@@ -34,6 +34,8 @@ from adjoint_jax.tree import Scalar
 
 LANE_SEGMENT_BYTES = 2 * 2**10
 """A segment of an adaptive integration is at least as long as fits in this."""
+CHECKPOINT_BYTES = 2**17
+"""So much may be taken by checkpoints in any case."""
 
 
 class Tape(AbstractTrail):
@@ -246,7 +248,7 @@ class StepRecorder(AbstractRecorder):
         return TapeNote(kept, step.reached(accepted))
 
     def blank_note(self, step: Step) -> TapeNote:
-        kept = shapes_kept(self.keep, self.problem, self.solver, interpolated=self.interpolated)
+        kept = self.keep.shapes(self.problem, self.solver, interpolated=self.interpolated)
         return TapeNote(tree.zeros_like(kept), step.interval.end)
 
     def write(self, record: Tape, place: Place, notes: TapeNote) -> Tape:
@@ -260,11 +262,11 @@ class StepRecorder(AbstractRecorder):
 
 
 class TapeRecorder(StepRecorder):
-    """Records a `Tape` with segments of at least `length` steps and at most so many checkpoints. `grid`: the times, where
-    they are given."""
+    """Records a `Tape` with segments of at least `length` steps and at most so many checkpoints, if the user says how many.
+    `grid`: the times, where they are given."""
 
     length: int = eqx.field(static=True)
-    checkpoints: int = eqx.field(static=True)
+    checkpoints: int | None = eqx.field(static=True)
     slots: int = eqx.field(static=True)
     grid: Float[Array, " times"] | None
 
@@ -279,15 +281,17 @@ class TapeRecorder(StepRecorder):
 
     def start(self, problem: Problem, layout: Layout, mark: Mark) -> Tape:
         segment = layout.slots if self.length >= self.slots else round_up(self.length, layout.segment)
-        chunk = chunk_length(tree.buffer(self.solver.dense_degree, problem.y0), problem.scalars_per_array)
+        fitting = chunk_length(tree.buffer(self.solver.dense_degree, problem.y0), problem.scalars_per_array)
+        kept = self.keep.shapes(problem, self.solver, interpolated=self.interpolated)
+        chunk = max(fitting, self.keep.chunk(problem, self.solver, interpolated=self.interpolated))
         segments = math.ceil(layout.slots / segment)
-        checkpoints = min(self.checkpoints, segments)
+        checkpoints = min(segments, self.checkpoints or _most_checkpoints(layout.slots, mark))
         best = tuple(places(checkpoints, segments)) if self.grid is not None and checkpoints < segments else None
         timed = self.grid is not None or not problem.is_in_lanes
         sizes = TapeLayout(
             layout.slots, segment, chunk, layout.segment, checkpoints, segments, best, timed, self.interpolated
         )
-        kept, mark = shapes_kept(self.keep, problem, self.solver, interpolated=self.interpolated), sizes.marked(mark)
+        mark = sizes.marked(mark)
         length = (segments - 1) * segment * timed + round_up(segment, chunk) + 1
         return Tape(
             times=self._times(problem, length),
@@ -334,6 +338,11 @@ def _thinned(tape: Tape, index: Int[Array, ""]) -> Tape:
     return dataclasses.replace(tape, checkpoints=checkpoints, stride=jnp.where(full, 2 * tape.stride, tape.stride))
 
 
+def _most_checkpoints(slots: int, mark: Mark) -> int:
+    """How many are kept of so many steps, unless the user says."""
+    return max(1, 2 * math.isqrt(slots), CHECKPOINT_BYTES // max(1, tree.size_in_bytes(mark)))
+
+
 def check_checkpoints(checkpoints: Any, name: str) -> None:
     """Raise `ValueError` unless this is a number of states that can be kept, or None."""
     if checkpoints is not None and (not isinstance(checkpoints, int) or checkpoints < 1):
@@ -346,15 +355,14 @@ def tape_recorder(
     """The recorder with a segment length and a number of checkpoints that suit the sizes known at trace time. `whole`:
     whether all steps of a given grid may be one segment."""
     (problem, requests), solver = inputs, integrator.solver
-    kept_bytes = max(1, bytes_kept(keep, problem, solver, interpolated=requests.interpolated))
+    kept_bytes = max(1, keep.bytes_of_step(problem, solver, interpolated=requests.interpolated))
     slots, grid = integrator.slots(problem), integrator.controller.grid(problem.t0, problem.t1)
-    length = root = math.isqrt(slots)
+    length = math.isqrt(slots)
     if grid is None:
-        length = max(root, LANE_SEGMENT_BYTES // kept_bytes)
+        length = max(length, LANE_SEGMENT_BYTES // kept_bytes)
     elif whole and checkpoints is None and slots * kept_bytes <= keep.budget(in_lanes=are_lanes(inputs)):
         length = slots
     if checkpoints is not None:
         length = min(length, math.ceil(slots / checkpoints))
     length = max(1, min(slots, keep.segment(length, kept_bytes)))
-    kept = checkpoints or max(1, 2 * root)
-    return TapeRecorder(problem, solver, keep, requests.interpolated, length, kept, slots, grid)
+    return TapeRecorder(problem, solver, keep, requests.interpolated, length, checkpoints, slots, grid)

@@ -1,6 +1,7 @@
 """One step of an explicit Runge-Kutta method, and its transpose."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import equinox as eqx
 import jax
@@ -14,9 +15,12 @@ from adjoint_jax.kernels import stores
 from adjoint_jax.lanes import put
 from adjoint_jax.problem import Interval, Parameters, Problem, Rates
 from adjoint_jax.quadrature import Nodes
+from adjoint_jax.solvers.linearisation import in_stored_halves
 from adjoint_jax.solvers.solver import AbstractSolver, Pullback, Step, StepOutputs, pullback_at, stage_time
 from adjoint_jax.solvers.tableau import ButcherTableau
 from adjoint_jax.tree import Arrays, Scalar
+
+Said = TypeVar("Said")
 
 
 class ExplicitRungeKutta(AbstractSolver):
@@ -127,7 +131,7 @@ class ExplicitRungeKutta(AbstractSolver):
         count = self.stages_that_matter(interpolated=cotangent.coefficients is not None)
         if self._is_written_out(problem, count):
             pullbacks = self._linearised(problem, interval, state, count)
-            return self.transposed_from_pullbacks(problem, interval, pullbacks, cotangent)
+            return summed(self.transposed_from_pullbacks(problem, interval, pullbacks, cotangent))
         return self._transposed_in_a_loop(problem, interval, self._stage_states(problem, interval, state, count), cotangent)
 
     def transposed_from_stages(
@@ -136,28 +140,33 @@ class ExplicitRungeKutta(AbstractSolver):
         """`transposed_step`, where the stages that matter are known."""
         states = self._states_from_stages(interval, state, stages)
         if self._is_written_out(problem, len(stages)):
-            pullbacks = self.pullbacks(problem, interval, state, stages)
-            return self.transposed_from_pullbacks(problem, interval, pullbacks, cotangent)
+            pullbacks = map(in_stored_halves(problem), self.pullbacks(problem, interval, state, stages))
+            return summed(self.transposed_from_pullbacks(problem, interval, list(pullbacks), cotangent))
         return self._transposed_in_a_loop(problem, interval, tree.stack(states), cotangent)
 
     def transposed_from_pullbacks(
-        self, problem: Problem, interval: Interval, pullbacks: Sequence[Pullback], cotangent: StepOutputs
-    ) -> tuple[Arrays, Parameters]:
-        """`transposed_step`, where the linearisations of the stages that matter are known."""
+        self,
+        problem: Problem,
+        interval: Interval,
+        pullbacks: Sequence[Callable[[Rates], tuple[Arrays, Said]]],
+        cotangent: StepOutputs,
+    ) -> tuple[Arrays, list[Said]]:
+        """`transposed_step`, where the linearisations of the stages that matter are known, with what each says of
+        dJ/dparameters."""
         tableau, h, count = self.tableau, interval.end - interval.start, len(pullbacks)
         rows, b = tableau.a + tableau.dense_a, tableau.b + (0.0,) * self.extra_stages
         of_powers, stored = cotangent.coefficients or [], problem.stored
         mu: list[Arrays] = []
-        gradients = []
+        said: list[Said] = []
         for i in reversed(range(count)):
             weights = (b[i], *(rows[j][i] for j in reversed(range(i + 1, count))))
             dense = tableau.dense[i][: len(of_powers)]
             trees, of_cost = [cotangent.after, *mu, *of_powers], tree.scale(h * b[i], cotangent.cost)
             kappa = stored(tree.scale(h, tree.weighted_sum((*weights, *dense), trees)))
-            mu_i, gradient = pullbacks[i](Rates(kappa, of_cost))
+            mu_i, said_i = pullbacks[i](Rates(kappa, of_cost))
             mu.append(stored(mu_i))
-            gradients.append(gradient)
-        return tree.add(cotangent.after, cotangent.y0, *mu), tree.add(*gradients)
+            said.append(said_i)
+        return tree.add(cotangent.after, cotangent.y0, *mu), said[::-1]
 
     def pullbacks(self, problem: Problem, interval: Interval, state: Arrays, stages: tuple[Arrays, ...]) -> list[Pullback]:
         """The linearisations of the rates at the stages: each maps kappa_i and h b_i g to mu_i and the parameters' part."""
@@ -168,12 +177,12 @@ class ExplicitRungeKutta(AbstractSolver):
     def _linearised(self, problem: Problem, interval: Interval, y: Arrays, count: int) -> list[Pullback]:
         """The same where the stages are not known. One linearisation of a stage gives k_i and its pullback."""
         h, rows = interval.end - interval.start, self.tableau.a + self.tableau.dense_a
-        stored, stages, pullbacks = problem.stored, [], []
+        stored, in_halves, stages, pullbacks = problem.stored, in_stored_halves(problem), [], []
         for i in range(count):
             state = tree.add(y, tree.scale(h, tree.weighted_sum(rows[i], stages))) if i else y
             rates, pullback = pullback_at(problem, stage_time(interval, self._nodes[i]), state)
             stages.append(stored(rates.y))
-            pullbacks.append(pullback)
+            pullbacks.append(in_halves(pullback))
         return pullbacks
 
     def _stage_states(self, problem: Problem, interval: Interval, y: Arrays, count: int) -> Arrays:
@@ -196,6 +205,7 @@ class ExplicitRungeKutta(AbstractSolver):
         a, b = self._matrix(count), jnp.asarray((self.tableau.b + (0.0,) * self.extra_stages)[:count])
         dense, times = jnp.asarray(self.tableau.dense), self._times(interval, self._nodes[:count])
         of_powers = None if cotangent.coefficients is None else tree.stack(cotangent.coefficients)
+        in_halves = in_stored_halves(problem)
 
         def reverse_stage(reversed_index: Array, carry: tuple[Arrays, Parameters]) -> tuple[Arrays, Parameters]:
             i = count - 1 - reversed_index
@@ -203,7 +213,7 @@ class ExplicitRungeKutta(AbstractSolver):
             kappa = tree.add(tree.scale(b[i], cotangent.after), tree.contract(a[:, i], mu))
             if of_powers is not None:
                 kappa = tree.add(kappa, tree.contract(dense[i], of_powers))
-            pullback = pullback_at(problem, times[i], tree.take(states, i))[1]
+            pullback = in_halves(pullback_at(problem, times[i], tree.take(states, i))[1])
             mu_i, gradient_i = pullback(Rates(tree.scale(h, kappa), tree.scale(h * b[i], cotangent.cost)))
             return put(mu, i, mu_i), tree.add(gradient, gradient_i)
 
@@ -267,6 +277,12 @@ class ExplicitRungeKutta(AbstractSolver):
 
     def _times(self, interval: Interval, nodes: tuple[float, ...]) -> Float[Array, " stages"]:
         return jnp.stack([stage_time(interval, node) for node in nodes])
+
+
+def summed(transposed: tuple[Arrays, list[Parameters]]) -> tuple[Arrays, Parameters]:
+    """A transposed step with the sum of what its stages say of dJ/dparameters."""
+    a, gradients = transposed
+    return a, tree.add(*reversed(gradients))
 
 
 WRITTEN_OUT_OPERATIONS = 2000

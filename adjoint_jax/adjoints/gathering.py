@@ -1,0 +1,115 @@
+"""How what steps say of the parameters' derivatives is gathered: step by step, or of the stages of many steps together.
+
+dJ/dparameters is a sum over all stages that feeds nothing back. For a network on one sample, every term of it is as large
+as all weights, a product of a column and a row; many of them together are one product of two matrices.
+"""
+
+import abc
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from jaxtyping import Array, Bool, Int
+
+from adjoint_jax import tree
+from adjoint_jax.lanes import put
+from adjoint_jax.problem import Interval, Parameters, Problem
+from adjoint_jax.solvers.explicit_runge_kutta import ExplicitRungeKutta
+from adjoint_jax.solvers.linearisation import InHalves, Said
+from adjoint_jax.solvers.solver import Pullback, StepOutputs
+from adjoint_jax.tree import Arrays
+
+STAGES_TOGETHER, BYTES_TOGETHER = 32, 2**21
+"""Stages that are gathered before their sum is computed, and bytes of what is kept of them.
+
+A product of 6 columns and 6 rows of 1,024 numbers takes 0.15 ms on two cores, of 24 and 24 0.20, of 48 and 48 0.31; six
+products of a column and a row, 0.20."""
+
+
+def steps_together(stages: int, bytes_of_step: int = 1) -> int:
+    """How many steps of so many stages are gathered together: a power of two."""
+    steps = min(STAGES_TOGETHER // stages, BYTES_TOGETHER // max(1, bytes_of_step))
+    return 1 << max(0, steps.bit_length() - 1)
+
+
+class AbstractGathering(abc.ABC):
+    """How steps are transposed, and what they say of dJ/dparameters is gathered over the steps of a chunk."""
+
+    @abc.abstractmethod
+    def opened(self, so_far: Parameters, steps: int) -> Any:
+        """What was gathered of no step yet, of a chunk of so many, and of those before."""
+
+    @abc.abstractmethod
+    def transposed(self, interval: Interval, kept: Any, cotangent: StepOutputs) -> tuple[Arrays, Any]:
+        """The transposed step: dJ/dstate, and what it says of dJ/dparameters."""
+
+    @abc.abstractmethod
+    def entered(self, gathered: Any, index: Int[Array, ""], said: Any, taken: Bool[Array, ""]) -> Any:
+        """With what a step says, if it was taken: which step of the chunk that is."""
+
+    @abc.abstractmethod
+    def closed(self, gathered: Any) -> Parameters:
+        """dJ/dparameters."""
+
+
+class AtOnce(AbstractGathering):
+    """Added up step by step."""
+
+    def __init__(self, transposed: Callable[[Interval, Any, StepOutputs], tuple[Arrays, Parameters]]):
+        self._transposed = transposed
+
+    def opened(self, so_far: Parameters, steps: int) -> Parameters:
+        return so_far
+
+    def transposed(self, interval: Interval, kept: Any, cotangent: StepOutputs) -> tuple[Arrays, Parameters]:
+        return self._transposed(interval, kept, cotangent)
+
+    def entered(self, gathered: Parameters, index: Int[Array, ""], said: Parameters, taken: Bool[Array, ""]) -> Parameters:
+        return tree.add(gathered, tree.where(taken, said, tree.zeros_like(said)))
+
+    def closed(self, gathered: Parameters) -> Parameters:
+        return gathered
+
+
+class _Gathered(NamedTuple):
+    """dJ/dparameters of the steps before, and what was said in a chunk: by step and stage."""
+
+    so_far: Parameters
+    said: Said
+
+
+class Together(AbstractGathering):
+    """Computed of all stages of a chunk of steps together. `pullbacks`: those of a step's stages, from what is kept of
+    it."""
+
+    def __init__(
+        self,
+        problem: Problem,
+        solver: ExplicitRungeKutta,
+        stages: int,
+        pullbacks: Callable[[Interval, Any], Sequence[Pullback]],
+    ):
+        self._problem, self._solver, self._stages, self._pullbacks = problem, solver, stages, pullbacks
+        self._halves = InHalves(problem)
+
+    @property
+    def pays(self) -> bool:
+        """Whether what is passed on within a step is no larger than the parameters, of which every step would make one
+        addition."""
+        of_step = self._stages * tree.size_in_bytes(self._halves.said.passed)
+        return self._halves.is_linear and of_step <= tree.size_in_bytes(self._problem.parameters)
+
+    def opened(self, so_far: Parameters, steps: int) -> _Gathered:
+        return _Gathered(so_far, tree.buffer(steps, tree.buffer(self._stages, self._halves.said)))
+
+    def transposed(self, interval: Interval, kept: Any, cotangent: StepOutputs) -> tuple[Arrays, Said]:
+        firsts = [functools.partial(self._halves.first, pullback) for pullback in self._pullbacks(interval, kept)]
+        a, said = self._solver.transposed_from_pullbacks(self._problem, interval, firsts, cotangent)
+        return a, tree.stack(said)
+
+    def entered(self, gathered: _Gathered, index: Int[Array, ""], said: Said, taken: Bool[Array, ""]) -> _Gathered:
+        return gathered._replace(said=put(gathered.said, index, tree.where(taken, said, tree.zeros_like(said))))
+
+    def closed(self, gathered: _Gathered) -> Parameters:
+        in_a_row = tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), gathered.said)
+        return tree.add(gathered.so_far, self._halves.sum_of_second(in_a_row))
