@@ -180,7 +180,7 @@ class _Sweep:
         y1 = blame(materialise(cotangent.y1, self.problem.y0), failed)
         self.cost_cotangent = cost_cotangent(self.problem, cotangent.cost, failed)
         asked = (y1, self.cost_cotangent, [g for g in self.row_cotangents if g is not None])
-        self.blamed = self.problem.decide(lambda failed, fine: failed & ~fine, failed, tree.all_finite(asked))
+        self.blamed = failed & ~tree.all_finite(asked)
         self.asked = tree.any_nonzero((asked, cotangent.dense, None if cotangent.states is None else cotangent.states.ys))
         self.y1_cotangent = unknown_if(self.blamed, y1)
         self.states = self.dense_y0 = self.dense_coefficients = None
