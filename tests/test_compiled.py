@@ -201,3 +201,35 @@ def loops_of_gradient(field):
 def test_stages_are_a_loop_on_the_way_back_only_where_evaluations_fuse():
     """One loop for the states of the stages, one for their pullbacks; none where the field multiplies matrices."""
     assert loops_of_gradient(lambda t, y, a: jnp.tanh(a[0] * y)) == loops_of_gradient(lambda t, y, a: jnp.tanh(a @ y)) + 2
+
+
+def gated(t, y, weights):
+    inner, outer = weights
+    return jnp.tanh(y @ inner) * jnp.sin(y) - (y * y) @ outer
+
+
+@pytest.mark.parametrize(
+    "adjoint",
+    [
+        aj.DiscreteAdjoint(keep=aj.KeepStates()),
+        aj.DiscreteAdjoint(keep=aj.KeepStages()),
+        aj.BacksolveAdjoint(),
+        aj.InterpolatingAdjoint(),
+    ],
+    ids=["discrete", "discrete, stages", "backsolve", "interpolating"],
+)
+def test_entries_of_products_of_vectors_are_products_and_nothing_else(adjoint):
+    """The derivative with respect to a matrix that multiplies a vector is a product of two vectors. XLA would fuse it with
+    what these are computed from, and compute that anew for every entry: the gradient would take four times as long."""
+    size = 200
+
+    def loss(weights):
+        y0 = jnp.linspace(-1.0, 1.0, size)
+        return jnp.sum(aj.solve(gated, 0.0, 1.0, y0, weights, adjoint=adjoint, throw=False).ys ** 2)
+
+    program = Program(jax.jit(jax.grad(loss)).lower([jnp.eye(size), jnp.ones((size, size)) / size]).compile())
+    kernels = [name for i in program.all() if i.operation == "fusion" for name in i.called]
+    products = [k for k in kernels if any(i.operation == "multiply" and i.size == size**2 for i in program.computations[k])]
+    assert products
+    for kernel in products:
+        assert not {i.operation for i in program.computations[kernel]} & {"tanh", "sine", "cosine"}

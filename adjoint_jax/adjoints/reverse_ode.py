@@ -33,6 +33,7 @@ from adjoint_jax.recorders import AbstractRecorder, QuadratureRecorder
 from adjoint_jax.solution import Status
 from adjoint_jax.solvers.accompanied import Accompanied, Along
 from adjoint_jax.solvers.explicit_runge_kutta import ExplicitRungeKutta
+from adjoint_jax.solvers.linearisation import in_stored_halves
 from adjoint_jax.solvers.solver import AbstractSolver, pullback_at
 from adjoint_jax.tree import Arrays, Scalar
 
@@ -82,7 +83,7 @@ class AbstractReverseSystem(eqx.Module):
         """The reverse ODE, and the derivative of dJ/dparameters with respect to t: one linearisation for both."""
         y, a = self.adjoint(t, state)
         rates, pullback = pullback_at(self.problem, t, y)
-        of_a, of_parameters = pullback(tree.scale(-1.0, Rates(a, self.cost)))
+        of_a, of_parameters = in_stored_halves(self.problem)(pullback)(tree.scale(-1.0, Rates(a, self.cost)))
         return Along(self.velocity(Adjoint(rates.y, of_a)), of_parameters)
 
     def integral(self, nodes: Nodes) -> Parameters:
