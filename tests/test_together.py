@@ -33,6 +33,11 @@ def perceptron(t, y, w):
     return w["scale"] * (jax.nn.silu(hidden @ w["inner"] @ w["inner"]) @ w["out"])
 
 
+def of_no_state(t, y, w):
+    """What its pullback keeps is the same everywhere."""
+    return jnp.ones(3) @ w["in"] @ w["out"]
+
+
 def in_a_loop(t, y, w):
     hidden = jax.lax.fori_loop(0, 2, lambda _, h: jnp.tanh(h @ w["inner"]), y @ w["in"])
     return hidden @ w["out"]
@@ -61,6 +66,7 @@ def convolution(t, y, w):
 FIELDS = {
     "perceptron": (perceptron, Together),
     "convolution": (convolution, Together),
+    "of no state": (of_no_state, Together),
     "in a loop": (in_a_loop, AtOnce),
     "with a pullback of its own": (with_a_pullback_of_its_own, AtOnce),
 }
@@ -97,6 +103,7 @@ def effort(t, y, w):
     [
         ("perceptron", GRID),
         ("convolution", GRID),
+        ("of no state", GRID),
         pytest.param("in a loop", GRID, marks=[pytest.mark.slow]),
         ("with a pullback of its own", GRID),
         ("perceptron", ADAPTIVE),

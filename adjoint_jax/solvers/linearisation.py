@@ -98,7 +98,7 @@ class InHalves:
             def of_one(residuals: list[Array]) -> list[Array]:
                 return jax.linear_transpose(self._depending(residuals), self.said.passed)(directions)[0]
 
-            return jax.vmap(of_one)(said.residuals)
+            return jax.vmap(of_one, axis_size=said.passed[0].shape[0])(said.residuals)
 
         depending = [leaf for leaf, depends in zip(leaves, self._depends, strict=True) if depends]
         return self._with_zeros(jax.linear_transpose(transposes, depending)(said.passed)[0])
