@@ -140,6 +140,11 @@ class Problem(eqx.Module):
         return contains(traced.jaxpr, PRODUCTS)
 
     @property
+    def multiplies_vectors(self) -> bool:
+        """Whether it multiplies vectors by matrices, rather than matrices by one another: by the shapes of its state."""
+        return all(leaf.ndim < 2 for leaf in jax.tree.leaves(self.y0)) and self.multiplies_matrices
+
+    @property
     def fuses(self) -> bool:
         """Whether it is known that XLA can fuse one evaluation of the vector field with the next: whether any of its
         results depends on the state without a product of matrices in between."""

@@ -100,6 +100,16 @@ def test_linearisations_are_chosen_where_evaluations_are_bound_by_parameters():
     assert plan(aj.DiscreteAdjoint()).memory.kept[0].what == "states"
 
 
+def test_short_segments_have_a_checkpoint_each():
+    """Linearisations of ten adaptive steps are kept at a time, of 4,096 at most: none is taken again more than once."""
+    y0, weights = (jax.ShapeDtypeStruct((n, 512), jnp.float32) for n in (1, 512))
+    memory = memory_plan(wide, 0.0, 1.0, y0, weights).memory
+    kept, checkpoints = memory.kept[:2]
+    assert kept.what == "linearisations"
+    assert memory.segment < 20
+    assert checkpoints.number == memory.segments > 200
+
+
 def test_all_states_of_a_given_grid_are_kept_if_they_fit_in_what_is_allowed():
     """So that no step is taken again; by default in 128 MiB."""
     steps = 2**27 // STATE + 1

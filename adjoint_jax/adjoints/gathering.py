@@ -26,7 +26,7 @@ A product of 6 columns and 6 rows of 1,024 numbers takes 0.15 ms on two cores, o
 products of a column and a row, 0.20."""
 
 
-def steps_together(stages: int, bytes_of_step: int = 1) -> int:
+def steps_together(stages: int, bytes_of_step: int) -> int:
     """How many steps of so many stages are gathered together: a power of two."""
     steps = min(STAGES_TOGETHER // stages, BYTES_TOGETHER // max(1, bytes_of_step))
     return 1 << max(0, steps.bit_length() - 1)

@@ -251,7 +251,7 @@ def _pays_along_stages(problem: Problem, solver: AbstractSolver) -> bool:
     """
     if not isinstance(solver, ExplicitRungeKutta) or not problem.multiplies_matrices:
         return False
-    if all(leaf.ndim < 2 for leaf in jax.tree.leaves(problem.y0)):
+    if problem.multiplies_vectors:
         return True
     of_step = KeepLinearisations().bytes_of_step(problem, solver, interpolated=False)
     return 3 * of_step >= tree.size_in_bytes(problem.parameters)

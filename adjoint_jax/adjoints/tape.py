@@ -34,7 +34,7 @@ from adjoint_jax.tree import Scalar
 
 LANE_SEGMENT_BYTES = 2 * 2**10
 """A segment of an adaptive integration is at least as long as fits in this."""
-CHECKPOINT_BYTES = 2**17
+CHECKPOINT_BYTES = 2**22
 """So much may be taken by checkpoints in any case."""
 
 
