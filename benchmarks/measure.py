@@ -124,18 +124,30 @@ class CountedEquation(NamedTuple):
 SLOW = 0.5
 """A first call that takes so many seconds is the first turn: it is compiled, and warming up does not matter to it."""
 
-REST = 0.01
-"""Seconds between two programs, in which threads of the first stop looking for work."""
+LOOK, LONGEST_REST = 0.01, 1.0
+"""Seconds of a look at whether this process rests, and for how long at most."""
+
+
+def rest() -> None:
+    """Wait until threads of the last program no longer look for work, which takes PyTorch's some 10 ms."""
+    for _ in range(round(LONGEST_REST / LOOK)):
+        before = time.process_time()
+        time.sleep(LOOK)
+        if time.process_time() - before < 0.1 * LOOK:
+            return
 
 
 def time_in_turns(entries: list[Entry], length: Length) -> list[list[float]]:
-    """Seconds a call, one number for each turn; within a turn every program runs once for a while."""
+    """Seconds a call, one number for each turn; within a turn every program runs once for a while. The first call of a turn
+    is not timed: it finds in the caches what another program left there, which says nothing of a training loop."""
     estimates = [entry.first if entry.first > SLOW else _a_while(entry.executable, 0.0) for entry in entries]
     seconds = [[estimate] if estimate > SLOW else [] for estimate in estimates]
     for _ in range(length.turns):
         for entry, estimate, taken in zip(entries, estimates, seconds, strict=True):
             if len(taken) < length.turns_of(estimate):
-                time.sleep(REST)
+                rest()
+                if estimate <= SLOW:
+                    entry.executable.call()
                 taken.append(_a_while(entry.executable, length.turn_seconds))
     return seconds
 

@@ -8,7 +8,7 @@ from hlo import Program
 
 import adjoint_jax as aj
 from adjoint_jax.diagnostics import memory_plan
-from adjoint_jax.solvers import explicit_runge_kutta
+from adjoint_jax.solvers import accompanied, explicit_runge_kutta
 
 LAYERS, WIDTH = 8, 3
 RANDOM = np.random.default_rng(0)
@@ -24,6 +24,8 @@ CASES = {
     "stages kept": {"controller": aj.FixedSteps(7), "adjoint": aj.DiscreteAdjoint(keep=aj.KeepStages())},
     "linearisations kept": {"controller": aj.FixedSteps(7), "adjoint": aj.DiscreteAdjoint(keep=aj.KeepLinearisations())},
     "backsolve": {"controller": aj.PIDController(1e-6, 1e-6), "adjoint": aj.BacksolveAdjoint()},
+    "backsolve on a grid": {"controller": aj.FixedSteps(7), "solver": aj.RK4(), "adjoint": aj.BacksolveAdjoint()},
+    "interpolating": {"controller": aj.PIDController(1e-6, 1e-6), "adjoint": aj.InterpolatingAdjoint()},
     "gauss": {"controller": aj.PIDController(1e-6, 1e-6), "adjoint": aj.GaussAdjoint()},
     "reversible": {
         "controller": aj.FixedSteps(7),
@@ -92,12 +94,26 @@ def test_in_lanes_a_failure_stays_in_its_lane(loops):
     np.testing.assert_allclose(together[2], jax.jit(gradient)(y0[2]), rtol=0, atol=1e-11)
 
 
+def copies(case):
+    """How many of the field a compiled program holds."""
+    computations = Program(lowered(case).compile()).computations.values()
+    return sum(i.operation == "tanh" for instructions in computations for i in instructions) / LAYERS
+
+
 def test_compiled_programs_hold_few_copies_of_a_long_field(loops):
     """Two for the first step's size, one for the first slope of steps that are taken again; and one each for the steps, for
     those taken again, for the stages of the transposed step, and for their linearisations, which would be six, written out.
     """
-    instructions = Program(lowered("adaptive").compile()).computations.values()
-    assert sum(i.operation == "tanh" for computation in instructions for i in computation) <= 7 * LAYERS
+    assert copies("adaptive") <= 7
+
+
+@pytest.mark.parametrize("case", ["backsolve", "interpolating"])
+def test_continuous_adjoints_hold_few_copies_of_a_long_field(case, loops, monkeypatch):
+    """One for the stages of the reverse method, which would be six or seven, written out, as they are for large integrals
+    of products of vectors."""
+    in_loops = copies(case)
+    monkeypatch.setattr(accompanied, "LOOPED_BYTES", 0)
+    assert copies(case) >= in_loops + 5
 
 
 @pytest.mark.parametrize("case", ["adaptive", "rows", "backsolve"])

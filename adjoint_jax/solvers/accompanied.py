@@ -2,6 +2,7 @@
 
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 from jaxtyping import Array, Bool, PyTree
 
 from adjoint_jax import tree
@@ -12,6 +13,13 @@ from adjoint_jax.quadrature import Nodes
 from adjoint_jax.solvers.explicit_runge_kutta import ExplicitRungeKutta
 from adjoint_jax.solvers.solver import AbstractSolver, Step
 from adjoint_jax.tree import Arrays, Scalar
+
+LOOPED_BYTES = 2**22
+"""Of an integral of products of vectors: a larger one is read and written too often where long steps are loops over stages,
+but once a step where they are written out, as XLA sums up such products in one kernel. Measured with Tsit5 on a CPU, the
+time of `BacksolveAdjoint`'s gradient in loops in that of one written out, and that to build it, for 8 to 48 layers with
+normalised inputs: on vectors with 0.13 to 0.5 MiB of parameters 0.36 to 0.8 and 0.3 to 0.55; with 8, 16 and 40 MiB 1.1 to
+1.9 and 0.4 to 0.55. On matrices with 0.13 to 40 MiB 0.45 to 1.2, and 0.4 to 1.1."""
 
 
 class Along(NamedTuple):
@@ -68,6 +76,8 @@ class Accompanied(AbstractSolver):
 
     def step(self, problem: Problem, interval: Interval, state: Along, first: Arrays | None) -> Step:
         del first
+        if self._is_long(problem):
+            return self._step_in_a_loop(interval, state)
         stored = problem.stored
 
         def together(t: Scalar, state: Along, args: PyTree[Any]) -> Along:
@@ -77,6 +87,23 @@ class Accompanied(AbstractSolver):
         step = self.method.step(problem.of_field(together), interval, state, None)
         error = None if step.error is None else step.error.y
         return step._replace(stages=tuple(stage.y for stage in step.stages), error=error)
+
+    def _is_long(self, problem: Problem) -> bool:
+        if problem.multiplies_vectors and tree.size_in_bytes(self.so_far) > LOOPED_BYTES:
+            return False
+        return self.method.is_long(problem.of_field(self.rates), self.method.tableau.stages)
+
+    def _step_in_a_loop(self, interval: Interval, state: Along) -> Step:
+        h, tableau = interval.end - interval.start, self.method.tableau
+        weights = h * jnp.asarray(tableau.b, h.dtype)
+
+        def evaluate(i: Array, t: Scalar, y: Arrays, integral: Arrays) -> tuple[Arrays, Arrays]:
+            rates = self.rates(t, y, None)
+            return rates.y, tree.add(integral, tree.scale(weights[i], rates.integral))
+
+        stages, integral = self.method.stage_loop(interval, state.y, [], tableau.stages, evaluate, state.integral)
+        step = self.method.step_of(interval, state.y, tree.unstack(stages, tableau.stages))
+        return step._replace(before=state, after=Along(step.after, integral))
 
     def blank_step(self, t: Scalar, state: Along) -> Step:
         return self.method.blank_step(t, state.y)._replace(before=state, after=state)

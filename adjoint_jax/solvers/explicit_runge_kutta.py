@@ -21,6 +21,7 @@ from adjoint_jax.solvers.tableau import ButcherTableau
 from adjoint_jax.tree import Arrays, Scalar
 
 Said = TypeVar("Said")
+Carry = TypeVar("Carry")
 
 
 class ExplicitRungeKutta(AbstractSolver):
@@ -68,11 +69,12 @@ class ExplicitRungeKutta(AbstractSolver):
         return {i for i in needed if i < tableau.stages}
 
     def step(self, problem: Problem, interval: Interval, state: Arrays, first: Arrays | None) -> Step:
-        y = state
-        known = [problem.field(interval.first, y) if first is None else first]
-        stages = self._stages(problem, interval, y, known, self.tableau.stages)
-        h = interval.end - interval.start
-        b_error = self.tableau.b_error
+        known = [problem.field(interval.first, state) if first is None else first]
+        return self.step_of(interval, state, self._stages(problem, interval, state, known, self.tableau.stages))
+
+    def step_of(self, interval: Interval, y: Arrays, stages: Sequence[Arrays]) -> Step:
+        """The step from y, of which all stages are known."""
+        h, b_error = interval.end - interval.start, self.tableau.b_error
         return Step(
             interval=interval,
             before=y,
@@ -187,15 +189,13 @@ class ExplicitRungeKutta(AbstractSolver):
 
     def _stage_states(self, problem: Problem, interval: Interval, y: Arrays, count: int) -> Arrays:
         """Y_1, ..., Y_s, stacked, computed in a loop."""
-        h, times, a = interval.end - interval.start, self._times(interval, self._nodes[:count]), self._matrix(count)
 
-        def next_state(i: Array, carry: tuple[Arrays, Arrays]) -> tuple[Arrays, Arrays]:
-            states, stages = carry
-            stages = put(stages, i, problem.field(times[i], tree.take(states, i)))
-            return put(states, i + 1, tree.add(y, tree.scale(h, tree.contract(a[i + 1], stages)))), stages
+        def evaluate(i: Array, t: Scalar, state: Arrays, states: Arrays) -> tuple[Arrays, Arrays]:
+            return problem.field(t, state), put(states, i, state)
 
-        states = tree.map(lambda leaf: jnp.broadcast_to(leaf, (count, *leaf.shape)), y)
-        return jax.lax.fori_loop(0, count - 1, next_state, (states, tree.zeros_like(states)))[0]
+        h, last = interval.end - interval.start, self._matrix(count)[count - 1, : count - 1]
+        stages, states = self.stage_loop(interval, y, [], count - 1, evaluate, tree.buffer(count, y))
+        return put(states, jnp.int32(count - 1), tree.add(y, tree.scale(h, tree.contract(last, stages))))
 
     def _transposed_in_a_loop(
         self, problem: Problem, interval: Interval, states: Arrays, cotangent: StepOutputs
@@ -265,15 +265,33 @@ class ExplicitRungeKutta(AbstractSolver):
     def _stages_in_a_loop(
         self, problem: Problem, interval: Interval, y: Arrays, known: Sequence[Arrays], count: int
     ) -> list[Arrays]:
+        def evaluate(i: Array, t: Scalar, state: Arrays, nothing: tuple[()]) -> tuple[Arrays, tuple[()]]:
+            del i
+            return problem.field(t, state), nothing
+
+        return tree.unstack(self.stage_loop(interval, y, known, count, evaluate, ())[0], count)
+
+    def stage_loop(
+        self,
+        interval: Interval,
+        y: Arrays,
+        known: Sequence[Arrays],
+        count: int,
+        evaluate: Callable[[Array, Scalar, Arrays, Carry], tuple[Arrays, Carry]],
+        carry: Carry,
+    ) -> tuple[Arrays, Carry]:
+        """k_1, ..., k_count, stacked, of which the first are known; and what is carried along the others, where
+        `evaluate(i, t + c_i h, Y_i, carry)` gives k_i and the next of these."""
         h, times, a = interval.end - interval.start, self._times(interval, self._nodes[:count]), self._matrix(count)
 
-        def next_stage(i: Array, stages: Arrays) -> Arrays:
+        def next_stage(i: Array, so_far: tuple[Arrays, Carry]) -> tuple[Arrays, Carry]:
+            stages, carry = so_far
             state = tree.add(y, tree.scale(h, tree.contract(a[i], stages)))
-            return put(stages, i, problem.field(times[i], state))
+            stage, carry = evaluate(i, times[i], state, carry)
+            return put(stages, i, stage), carry
 
         blank = [tree.zeros_like(y)] * (count - len(known))
-        stages = jax.lax.fori_loop(len(known), count, next_stage, tree.stack([*known, *blank]))
-        return tree.unstack(stages, count)
+        return jax.lax.fori_loop(len(known), count, next_stage, (tree.stack([*known, *blank]), carry))
 
     def _times(self, interval: Interval, nodes: tuple[float, ...]) -> Float[Array, " stages"]:
         return jnp.stack([stage_time(interval, node) for node in nodes])
