@@ -55,6 +55,13 @@ class Halves(NamedTuple):
         known = self._known(operands) | dict(zip(self.passed, passed, strict=True))
         return results_of(self.equations[1], known, self.results[1], computed)
 
+    @property
+    def read_by_second(self) -> list[bool]:
+        """Which operands the second half reads."""
+        read = {v for equation in self.equations[1] for v in filter(is_computed, equation.invars)}
+        read |= set(filter(is_computed, self.results[1]))
+        return [variable in read for variable in self.closed.jaxpr.invars]
+
     def _known(self, operands: Sequence[Any]) -> dict[Any, Any]:
         program = self.closed.jaxpr
         return dict(zip([*program.constvars, *program.invars], [*self.closed.consts, *operands], strict=True))

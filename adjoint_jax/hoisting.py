@@ -86,8 +86,10 @@ def interpreted(jaxpr: Any, values: Sequence[Any], rule: Rule) -> list[Any]:
 
 
 def computed(equation: Any, operands: Sequence[Any]) -> Sequence[Any]:
-    """The results of an equation."""
-    results = equation.primitive.bind(*operands, **equation.params)
+    """The results of an equation. (JAX 0.7 keeps functions that it calls apart from its parameters.)"""
+    parameters = equation.primitive.get_bind_params(equation.params)
+    functions, parameters = parameters if isinstance(parameters, tuple) else ((), parameters)
+    results = equation.primitive.bind(*functions, *operands, **parameters)
     return results if equation.primitive.multiple_results else [results]
 
 

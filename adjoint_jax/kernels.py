@@ -46,10 +46,10 @@ MOST_OPERATIONS = 4000
 """Of a program: the time that LLVM takes for a function grows faster than its length."""
 
 _ARITHMETIC = """
-    abs acos acosh add add_any and asin asinh atan atan2 atanh cbrt ceil clamp complex conj convert_element_type copy copy_p
-    cos cosh digamma div eq erf erf_inv erfc exp exp2 expm1 floor ge gt imag integer_pow is_finite le lgamma log log1p
-    logistic lt max min mul ne neg nextafter not or pow real reduce_precision rem round rsqrt select_n sign sin sinh sqrt
-    square stop_gradient sub tan tanh xor
+    abs acos acosh add add_any and asin asinh atan atan2 atanh cbrt ceil clamp complex conj convert_element_type copy
+    copy_p cos cosh digamma div eq erf erf_inv erfc exp exp2 expm1 floor ge gt imag integer_pow is_finite le lgamma log
+    log1p log2 logistic lt max min mul ne neg nextafter not one_minus_square or pow real reduce_precision rem round
+    rsqrt select_n sign sin sinh sqrt square stop_gradient sub tan tanh xor
 """
 _SHAPES = """
     argmax argmin broadcast_in_dim concatenate expand_dims gather iota layout_constraint optimization_barrier pad

@@ -139,6 +139,15 @@ def test_scalars_of_few_lanes_are_stored():
         agree(jit(jax.vmap(doubled))(xs), (2.0 * xs, jnp.full(len(xs), X[0])))
 
 
+ELEMENTARY = [jnp.tanh, jnp.exp2, jnp.log2, jnp.sqrt, jnp.arctan, jax.nn.sigmoid, jax.nn.softplus, jax.nn.gelu, jax.nn.silu]
+
+
+@pytest.mark.parametrize("function", ELEMENTARY, ids=lambda function: function.__name__)
+def test_derivatives_of_elementary_functions_are_part_of_a_kernel(function):
+    """Whatever operations a version of JAX has for them."""
+    assert marked(lambda x: in_one_kernel(jax.grad(lambda v: jnp.sum(function(v))), x), X) == 1
+
+
 def solving(x):
     return jnp.linalg.solve(jnp.outer(x, x) + jnp.eye(5), x)
 

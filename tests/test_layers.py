@@ -15,6 +15,7 @@ ROOMS = (
     "forward_only",
     "hoisting",
     "halves",
+    "derivation",
     "kernels",
     "scalars",
     "stacks",

@@ -42,7 +42,8 @@ class Linearisations(NamedTuple):
 class KeepLinearisations(AbstractRungeKuttaKeep):
     """Keep the state before each step and the linearisation of the field at its stages, as plain backpropagation does: the
     way back evaluates no field, only pullbacks. Of what a pullback keeps, what does not depend on time and state (weights
-    of a network, say) is kept once. For explicit Runge-Kutta methods; with a running cost, about twice as much is kept.
+    of a network, say) is kept once, and what follows from the rest by a few additions and multiplications not at all: of a
+    layer with tanh its value. For explicit Runge-Kutta methods; with a running cost, about twice as much is kept.
 
     Where few points meet many parameters, as in a network on one sample, the parameters' derivatives are computed for the
     stages of several steps together: products of matrices instead of as many products of vectors.
@@ -117,14 +118,14 @@ def suitable_keep(inputs: Inputs, integrator: Integrator) -> AbstractKeep:
     problem, solver, interpolated = inputs.problem, integrator.solver, inputs.requests.interpolated
     if not isinstance(solver, ExplicitRungeKutta) or are_lanes(inputs):
         return KeepStates()
-    if solver.is_long(problem, solver.stages_that_matter(interpolated=interpolated)):
+    grid_steps, of_parameters = integrator.grid_steps(problem), tree.size_in_bytes(problem.parameters)
+    are_too_few = grid_steps is None and of_parameters < MANY_PARAMETERS
+    if are_too_few or solver.is_long(problem, solver.stages_that_matter(interpolated=interpolated)):
         return KeepStates()
     linearisations = KeepLinearisations().shapes(problem, solver, interpolated=interpolated)
-    of_step, of_parameters = tree.size_in_bytes(linearisations), tree.size_in_bytes(problem.parameters)
-    grid_steps = integrator.grid_steps(problem)
-    if grid_steps is None:
-        steps, budget, pays = STEPS_OF_SEGMENT, max(of_parameters, SMALL_SEGMENT), of_parameters >= MANY_PARAMETERS
-    else:
-        steps, budget, pays = grid_steps, BUDGET_OF_LANE, True
-    pays &= len(linearisations.of_field) <= MOST_ARRAYS and of_step <= of_parameters and steps * of_step <= budget
-    return KeepLinearisations(steps * of_step) if pays else KeepStates()
+    of_step = tree.size_in_bytes(linearisations)
+    if len(linearisations.of_field) > MOST_ARRAYS or of_step > of_parameters:
+        return KeepStates()
+    of_segment = STEPS_OF_SEGMENT * of_step if grid_steps is None else grid_steps * of_step
+    budget = max(of_parameters, SMALL_SEGMENT) if grid_steps is None else BUDGET_OF_LANE
+    return KeepLinearisations(of_segment) if of_segment <= budget else KeepStates()

@@ -8,8 +8,9 @@ import jax.core
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from adjoint_jax.derivation import Derivation
 from adjoint_jax.halves import Halves
-from adjoint_jax.hoisting import OWN_PULLBACKS, contains, varying_results
+from adjoint_jax.hoisting import OWN_PULLBACKS, computed, contains, inlined, is_computed, results_of, varying_results
 from adjoint_jax.kernels import stored_alone
 from adjoint_jax.problem import Parameters, Problem, Rates
 from adjoint_jax.solvers.solver import Pullback, pullback_at
@@ -17,7 +18,10 @@ from adjoint_jax.tree import Arrays, Scalar
 
 
 class Linearisation:
-    """The pullback of a problem's rates, which is the same program at every point, of other numbers."""
+    """The pullback of a problem's rates, which is the same program at every point, of other numbers.
+
+    What a pullback keeps of a point is often more than it must: of a hyperbolic tangent both its value and one minus that.
+    The *residuals* are what the rest of it follows from by a few additions and multiplications."""
 
     def __init__(self, problem: Problem):
         def pullback(t: Scalar, y: Arrays, parameters: Parameters) -> Pullback:
@@ -27,18 +31,28 @@ class Linearisation:
         closed, shapes = jax.make_jaxpr(pullback, return_shape=True)(*given)
         coordinates = len(jax.tree.leaves(given[:2]))
         self._structure = jax.tree.structure(shapes)
-        self._varies = varying_results(closed.jaxpr, [i < coordinates for i in range(len(closed.jaxpr.invars))])
-        self.anywhere = jax.core.eval_jaxpr(closed.jaxpr, closed.consts, *jax.tree.leaves(given))
+        self._closed, self._parameters = inlined(closed), [*[None] * coordinates, *jax.tree.leaves(problem.parameters)]
+        program = self._closed.jaxpr
+        self.varies = varying_results(program, [i < coordinates for i in range(len(program.invars))])
+        """Which of all that it keeps depends on where it was taken."""
+        self.anywhere = jax.core.eval_jaxpr(program, self._closed.consts, *jax.tree.leaves(given))
         """All that it keeps at t0."""
+        results = zip(program.outvars, self.varies, strict=True)
+        fixed = [*program.constvars, *program.invars[coordinates:], *(v for v, varies in results if not varies)]
+        self._derivation = Derivation.of(program, fixed)
 
     def residuals(self, leaves: Sequence[Array]) -> list[Array]:
-        """Of all that a pullback keeps, what depends on where it was taken."""
-        return [leaf for leaf, varies in zip(leaves, self._varies, strict=True) if varies]
+        """Of all that a pullback keeps, what the rest follows from."""
+        return [leaves[i] for i in self._derivation.kept]
 
     def leaves(self, residuals: Sequence[Array]) -> list[Array]:
         """All that a pullback keeps."""
-        own = iter(residuals)
-        return [next(own) if varies else leaf for leaf, varies in zip(self.anywhere, self._varies, strict=True)]
+        program = self._closed.jaxpr
+        known = dict(zip([*program.constvars, *program.invars], [*self._closed.consts, *self._parameters], strict=True))
+        pairs = zip(program.outvars, self.anywhere, self.varies, strict=True)
+        known |= {v: leaf for v, leaf, varies in pairs if not varies and is_computed(v)}
+        known |= {program.outvars[i]: value for i, value in zip(self._derivation.kept, residuals, strict=True)}
+        return results_of(self._derivation.equations, known, program.outvars, computed)
 
     def pullback(self, leaves: Sequence[Array]) -> Pullback:
         """The pullback that keeps this."""
@@ -46,8 +60,8 @@ class Linearisation:
 
 
 class Said(NamedTuple):
-    """What a pullback says of the parameters: what it keeps, and what its first half passes on; or what many say, along
-    leading axes."""
+    """What a pullback says of the parameters: what its second half reads of that which it keeps, and what its first half
+    passes on; or what many say, along leading axes."""
 
     residuals: list[Array]
     passed: list[Array]
@@ -72,7 +86,9 @@ class InHalves:
         self._halves = Halves.of(closed, is_first, is_given)
         self._no_rates = [None] * len(jax.tree.leaves(rates))
         self._depends = varying_results(closed.jaxpr, [not one for one in is_given])[results:]
-        self.said = Said(self._linear.residuals(self._linear.anywhere), [v.aval for v in self._halves.passed])
+        pairs = zip(self._halves.read_by_second, self._linear.varies, strict=False)
+        self._is_read = [read and varies for read, varies in pairs]
+        self.said = Said(self._read(self._linear.anywhere), [v.aval for v in self._halves.passed])
         """The shapes of what is said at any point."""
         rates_program = jax.make_jaxpr(problem.rates)(problem.t0, problem.y0).jaxpr
         self.is_linear = bool(self.said.passed) and not contains(rates_program, OWN_PULLBACKS)
@@ -82,7 +98,7 @@ class InHalves:
         """dJ/dy, and what is said of the parameters."""
         leaves = jax.tree.leaves(pullback)
         of_y, passed = self._halves.first([*leaves, *jax.tree.leaves(cotangent)])
-        return jax.tree.unflatten(self._of_y, of_y), Said(self._linear.residuals(leaves), passed)
+        return jax.tree.unflatten(self._of_y, of_y), Said(self._read(leaves), passed)
 
     def second(self, said: Said) -> Parameters:
         """dJ/dparameters."""
@@ -106,11 +122,19 @@ class InHalves:
     def _depending(self, residuals: list[Array]) -> Callable[[list[Array]], list[Array]]:
         """From what was passed on to derivatives with respect to those parameters of which there are any."""
 
+        own = iter(residuals)
+        leaves = [
+            next(own) if is_read else leaf for leaf, is_read in zip(self._linear.anywhere, self._is_read, strict=True)
+        ]
+
         def pulled(passed: list[Array]) -> list[Array]:
-            results = self._halves.second([*self._linear.leaves(residuals), *self._no_rates], passed)
+            results = self._halves.second([*leaves, *self._no_rates], passed)
             return [result for result, depends in zip(results, self._depends, strict=True) if depends]
 
         return pulled
+
+    def _read(self, leaves: Sequence[Array]) -> list[Array]:
+        return [leaf for leaf, is_read in zip(leaves, self._is_read, strict=True) if is_read]
 
     def _with_zeros(self, derivatives: Sequence[Array]) -> Parameters:
         leaves, structure = jax.tree.flatten(self._parameters)
