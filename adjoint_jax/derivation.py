@@ -28,16 +28,16 @@ class Derivation(NamedTuple):
         settled, used = set(filter(is_computed, known)), set()
         given = settled.union(filter(is_computed, program.outvars))
 
-        def leading_to(variable: Any) -> list[Any] | None:
-            """The equations, the last one first; None if there are no cheap ones."""
+        def leading_to(variable: Any, most: int) -> list[Any] | None:
+            """The equations, the last one first; None if they are too many or not cheap."""
             equation = maker.get(variable)
-            if equation is None or equation.primitive.name not in CHEAP:
+            if most == 0 or equation is None or equation.primitive.name not in CHEAP:
                 return None
             equations = [equation]
             for operand in equation.invars:
                 if is_computed(operand) and operand not in given:
-                    before = leading_to(operand)
-                    if before is None or len(before) + len(equations) > MOST_EQUATIONS:
+                    before = leading_to(operand, most - len(equations))
+                    if before is None:
                         return None
                     equations += before
             return equations
@@ -47,7 +47,7 @@ class Derivation(NamedTuple):
             if not is_computed(variable) or variable in settled:
                 continue
             settled.add(variable)
-            equations = leading_to(variable)
+            equations = leading_to(variable, MOST_EQUATIONS)
             if equations is None:
                 kept.append(index)
             else:

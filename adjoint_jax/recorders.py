@@ -171,7 +171,8 @@ class RowRecorder(AbstractRecorder):
         return _blank_note(self.solver, step)
 
     def write(self, record: Window, place: Place, notes: InterpolantNote) -> Window:
-        return record._replace(recent=put_block(record.recent, place.position, notes))
+        is_all = len(notes.start) == len(record.recent.start)
+        return record._replace(recent=notes if is_all else put_block(record.recent, place.position, notes))
 
     def wants_dense(self, start: Scalar, end: Scalar) -> Bool[Array, ""]:
         return jnp.any((self.rows.ts - start) * (self.rows.ts - end) <= 0)

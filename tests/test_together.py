@@ -157,7 +157,7 @@ def test_single_precision_and_complex_numbers():
 
 def test_products_of_matrices_instead_of_products_of_vectors():
     """In the compiled gradient of a network on one sample, nothing in the loop over steps is as large as the weights; once
-    for some steps there is one product for every layer."""
+    for some steps there is one product for every layer, the sum itself or an addition to it."""
     width, steps = 64, 24
     weights = [jnp.ones((3, width)) / 3, jnp.ones((width, width)) / width, jnp.ones((width, 3)) / width]
 
@@ -170,7 +170,8 @@ def test_products_of_matrices_instead_of_products_of_vectors():
     program = Program(jax.jit(jax.grad(final)).lower(weights).compile())
     of_weights = f"[{width},{width}]"
     products = [i for i in program.all() if i.operation == "dot" and of_weights in i.shape]
-    assert len(products) == 1
+    assert len(products) == 2
+    assert sum(sum(i.name == product.name for i in body) for body in program.loops().values() for product in products) == 2
     for name, body in program.loops().items():
         computed = [i for i in body if i.shape.startswith(f"f64{of_weights}") and i.operation != "get-tuple-element"]
         assert bool(computed) == any(i.name == products[0].name for i in body), name

@@ -142,8 +142,8 @@ _solve.def_bwd(backward)
 
 
 class _Swept(NamedTuple):
-    """What the reverse sweep carries: dJ/d(the method's state); dJ/dparameters or, within a chunk, what is gathered for it;
-    and what was pulled back of the rows."""
+    """What the reverse sweep carries: dJ/d(the method's state); what is gathered for dJ/dparameters, which it is in the
+    end; and what was pulled back of the rows."""
 
     a: Arrays
     parameters: Any
@@ -211,10 +211,11 @@ class _Sweep:
         """All steps, from t1 to t0."""
         swept = _Swept(
             self.solver.from_output(self.way.last, self.y1_cotangent),
-            unknown_if(self.blamed, tree.zeros_like(self.problem.parameters)),
+            self.gathering.begun(unknown_if(self.blamed, tree.zeros_like(self.problem.parameters)), ~self.blamed),
             tuple(Pulled.nothing(rows, self.way) for rows in self.requests.rows),
         )
-        return self.trail.walk_back(self.way, self._reverse_segment, swept)
+        swept, drift = self.trail.walk_back(self.way, self._reverse_segment, swept)
+        return Walked(swept._replace(parameters=self.gathering.ended(swept.parameters)), drift)
 
     def _reverse_segment(self, segment: Segment, swept: _Swept) -> _Swept:
         chunk = self.trail.chunk

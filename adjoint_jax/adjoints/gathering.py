@@ -9,6 +9,8 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 from adjoint_jax import tree
@@ -36,8 +38,12 @@ class AbstractGathering(abc.ABC):
     """How steps are transposed, and what they say of dJ/dparameters is gathered over the steps of a chunk."""
 
     @abc.abstractmethod
-    def opened(self, so_far: Parameters, steps: int) -> Any:
-        """What was gathered of no step yet, of a chunk of so many, and of those before."""
+    def begun(self, parameters: Parameters, are_zero: Bool[Array, ""]) -> Any:
+        """What all chunks say, of which there were none: zeros, or NaN."""
+
+    @abc.abstractmethod
+    def opened(self, so_far: Any, steps: int) -> Any:
+        """What was gathered of no step yet, of a chunk of so many, and of the chunks before."""
 
     @abc.abstractmethod
     def transposed(self, interval: Interval, kept: Any, cotangent: StepOutputs) -> tuple[Arrays, Any]:
@@ -48,7 +54,11 @@ class AbstractGathering(abc.ABC):
         """With what a step says, if it was taken: which step of the chunk that is."""
 
     @abc.abstractmethod
-    def closed(self, gathered: Any) -> Parameters:
+    def closed(self, gathered: Any) -> Any:
+        """What all chunks say, with that one."""
+
+    @abc.abstractmethod
+    def ended(self, so_far: Any) -> Parameters:
         """dJ/dparameters."""
 
 
@@ -58,7 +68,12 @@ class AtOnce(AbstractGathering):
     def __init__(self, transposed: Callable[[Interval, Any, StepOutputs], tuple[Arrays, Parameters]]):
         self._transposed = transposed
 
+    def begun(self, parameters: Parameters, are_zero: Bool[Array, ""]) -> Parameters:
+        del are_zero
+        return parameters
+
     def opened(self, so_far: Parameters, steps: int) -> Parameters:
+        del steps
         return so_far
 
     def transposed(self, interval: Interval, kept: Any, cotangent: StepOutputs) -> tuple[Arrays, Parameters]:
@@ -70,11 +85,21 @@ class AtOnce(AbstractGathering):
     def closed(self, gathered: Parameters) -> Parameters:
         return gathered
 
+    def ended(self, so_far: Parameters) -> Parameters:
+        return so_far
+
+
+class _Sum(NamedTuple):
+    """dJ/dparameters, and whether they are zero, since nothing was added yet."""
+
+    parameters: Parameters
+    are_zero: Bool[Array, ""]
+
 
 class _Gathered(NamedTuple):
-    """dJ/dparameters of the steps before, and what was said in a chunk: by step and stage."""
+    """What the chunks before say, and what was said in a chunk: by step and stage."""
 
-    so_far: Parameters
+    so_far: _Sum
     said: Said
 
 
@@ -99,7 +124,10 @@ class Together(AbstractGathering):
         of_step = self._stages * tree.size_in_bytes(self._halves.said.passed)
         return self._halves.is_linear and of_step <= tree.size_in_bytes(self._problem.parameters)
 
-    def opened(self, so_far: Parameters, steps: int) -> _Gathered:
+    def begun(self, parameters: Parameters, are_zero: Bool[Array, ""]) -> _Sum:
+        return _Sum(parameters, are_zero)
+
+    def opened(self, so_far: _Sum, steps: int) -> _Gathered:
         return _Gathered(so_far, tree.buffer(steps, tree.buffer(self._stages, self._halves.said)))
 
     def transposed(self, interval: Interval, kept: Any, cotangent: StepOutputs) -> tuple[Arrays, Said]:
@@ -110,6 +138,19 @@ class Together(AbstractGathering):
     def entered(self, gathered: _Gathered, index: Int[Array, ""], said: Said, taken: Bool[Array, ""]) -> _Gathered:
         return gathered._replace(said=put(gathered.said, index, tree.where(taken, said, tree.zeros_like(said))))
 
-    def closed(self, gathered: _Gathered) -> Parameters:
+    def closed(self, gathered: _Gathered) -> _Sum:
+        """The first sum takes the place of zeros: to add it to them takes as long as to compute it."""
         in_a_row = tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), gathered.said)
-        return tree.add(gathered.so_far, self._halves.sum_of_second(in_a_row))
+
+        def sum_alone(so_far: Parameters) -> Parameters:
+            del so_far
+            return self._halves.sum_of_second(in_a_row)
+
+        def added(so_far: Parameters) -> Parameters:
+            return tree.add(so_far, self._halves.sum_of_second(in_a_row))
+
+        parameters, are_zero = gathered.so_far
+        return _Sum(jax.lax.cond(are_zero, sum_alone, added, parameters), jnp.zeros_like(are_zero))
+
+    def ended(self, so_far: _Sum) -> Parameters:
+        return so_far.parameters

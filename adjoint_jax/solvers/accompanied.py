@@ -99,7 +99,8 @@ class Accompanied(AbstractSolver):
 
         def evaluate(i: Array, t: Scalar, y: Arrays, integral: Arrays) -> tuple[Arrays, Arrays]:
             rates = self.rates(t, y, None)
-            return rates.y, tree.add(integral, tree.scale(weights[i], rates.integral))
+            with_more = tree.add(integral, tree.scale(weights[i], rates.integral))
+            return rates.y, tree.where(weights[i] != 0, with_more, integral)
 
         stages, integral = self.method.stage_loop(interval, state.y, [], tableau.stages, evaluate, state.integral)
         step = self.method.step_of(interval, state.y, tree.unstack(stages, tableau.stages))

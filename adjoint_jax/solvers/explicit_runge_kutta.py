@@ -69,7 +69,7 @@ class ExplicitRungeKutta(AbstractSolver):
         return {i for i in needed if i < tableau.stages}
 
     def step(self, problem: Problem, interval: Interval, state: Arrays, first: Arrays | None) -> Step:
-        known = [problem.field(interval.first, state) if first is None else first]
+        known = [] if first is None else [first]
         return self.step_of(interval, state, self._stages(problem, interval, state, known, self.tableau.stages))
 
     def step_of(self, interval: Interval, y: Arrays, stages: Sequence[Arrays]) -> Step:
@@ -258,7 +258,7 @@ class ExplicitRungeKutta(AbstractSolver):
         h, rows, stages = interval.end - interval.start, self.tableau.a + self.tableau.dense_a, list(known)
         stored = problem.stored
         for i in range(len(known), count):
-            state = tree.add(y, tree.scale(h, tree.weighted_sum(rows[i], stages)))
+            state = tree.add(y, tree.scale(h, tree.weighted_sum(rows[i], stages))) if i else y
             stages.append(stored(problem.field(stage_time(interval, self._nodes[i]), state)))
         return stages
 
