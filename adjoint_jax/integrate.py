@@ -355,7 +355,8 @@ class _SteppingLoop(NamedTuple):
             going, written = any_lane(jnp.stack([journey.runs, accepted]))
             return _Chunk(journey, going, notes, chunk.filled + written)
 
-        chunk = jax.lax.while_loop(unfilled, attempt, _Chunk(_Journey(walk, course, runs), progress.going, empty, _zero()))
+        start = _Chunk(_Journey(walk, course, runs), progress.going, empty, _zero())
+        chunk = jax.lax.while_loop(unfilled, self.problem.looped(attempt), start)
         place = progress.place
         triples = zip(self.recorders, progress.records, chunk.notes, strict=True)
         records = tuple(recorder.write(record, place, notes) for recorder, record, notes in triples)

@@ -177,6 +177,11 @@ class Problem(eqx.Module):
         may be one."""
         return function(*operands) if self.is_small else in_one_kernel(function, *operands)
 
+    def looped(self, body: Callable[..., Any]) -> Callable[..., Any]:
+        """The body of a loop over steps of this problem. In lanes it is a program of its own, which JAX batches but once: a
+        loop is batched twice, to find out what differs between lanes, and then as it does."""
+        return jax.jit(body) if self.is_in_lanes else body
+
     @property
     def stored(self) -> Callable[[Any], Any]:
         """What gives back values from which several evaluations of the vector field are computed: stored, where XLA would

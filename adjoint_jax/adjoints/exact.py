@@ -275,7 +275,7 @@ class _Sweep:
         if len(steps.starts) == 1:
             swept = reverse_step(jnp.zeros((), jnp.int32), swept)
         else:
-            swept = jax.lax.fori_loop(0, count, reverse_step, swept)
+            swept = jax.lax.fori_loop(0, count, self.problem.looped(reverse_step), swept)
         return swept._replace(parameters=self.gathering.closed(swept.parameters))
 
     def _with_rows(
