@@ -23,8 +23,15 @@ class Interpolant(NamedTuple):
     coefficients: Arrays
 
     def evaluate(self, t: Scalar) -> Arrays:
-        """The state at t, in the dtype of y0. A step of no length gives y0."""
+        """The state at t, in the dtype of y0. A step of no length gives y0, if its coefficients are finite."""
         return tree.map(lambda y, q: y + _horner(self.fraction(t), q), self.y0, self.coefficients)
+
+    @property
+    def finite(self) -> "Interpolant":
+        """The same, but of no length without coefficients: it may stand for a step that was rejected, in this lane, since
+        it was not finite."""
+        is_step = self.start != self.end
+        return self._replace(coefficients=tree.map(lambda q: jnp.where(is_step, q, 0), self.coefficients))
 
     def fraction(self, t: Float[Array, "..."]) -> Float[Array, "..."]:
         """The place of a time, or of many, in the step: 0 at its start, 1 at its end."""
@@ -57,7 +64,7 @@ class Trajectory(NamedTuple):
         """The state at t; NaN outside of [t0, reached]."""
         direction = jnp.where(self.reached < self.t0, -1, 1).astype(self.t0.dtype)
         index = jnp.clip(self._search(t, direction), 0, jnp.maximum(self.taken - 1, 0))
-        value = tree.take(self.steps, index).evaluate(t)
+        value = tree.take(self.steps, index).finite.evaluate(t)
         inside = (t * direction >= self.t0 * direction) & (t * direction <= self.reached * direction)
         return tree.map(lambda leaf: jnp.where(inside, leaf, jnp.nan), value)
 

@@ -415,6 +415,40 @@ def fails_at_its_end(t, y, args):
     return jnp.where(t > end, jnp.nan, -rate * y)
 
 
+STEEPNESS = np.array([1e8, 1e-9])
+
+
+def exploding(adjoint, steepness):
+    """y(t0) and y(0.3) of dense output: with a first step of 1 a steep lane explodes in its first attempt."""
+    solution = aj.solve(
+        lambda t, y, k: -k * y**9,
+        0.0,
+        1.0,
+        jnp.array([2.0]),
+        steepness,
+        dt0=1.0,
+        controller=aj.PIDController(1e-6, 1e-6),
+        saveat=(aj.SaveAt(dense=True), aj.SaveAt(np.array([0.0, 1e-9, 0.5]))),
+        adjoint=adjoint,
+        throw=False,
+    )
+    return jnp.concatenate([solution.evaluate(jnp.array([0.0, 0.3]))[:, 0], solution.ys[1][:, 0]])
+
+
+@pytest.mark.parametrize("adjoint", [aj.DiscreteAdjoint(), aj.InterpolatingAdjoint(), aj.GaussAdjoint()], ids=type)
+def test_a_step_that_explodes_in_one_lane_and_is_repeated_leaves_nothing_behind(adjoint):
+    values = functools.partial(exploding, adjoint)
+    lanes = jax.jit(jax.vmap(values))(STEEPNESS)
+    np.testing.assert_array_equal(lanes[:, 0], 2.0)
+    np.testing.assert_allclose(lanes[0], (2.0**-8 + 8 * 1e8 * np.array([0.0, 0.3, 0.0, 1e-9, 0.5])) ** (-1 / 8), rtol=1e-4)
+
+    def some(steepness):
+        return jnp.sum(values(steepness)[2:])
+
+    together, single = (jax.jit(wrapped) for wrapped in (jax.vmap(jax.grad(some)), jax.grad(some)))
+    np.testing.assert_allclose(together(STEEPNESS), [single(k) for k in STEEPNESS], rtol=1e-5)
+
+
 def test_gradients_of_lanes_where_steps_are_taken_again_behind_failures():
     """One lane cannot start, one fails in the first segment of steps, one in a later one; their steps are chosen again in
     lockstep. What each saved before its end has the gradient of a closed form."""

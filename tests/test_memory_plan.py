@@ -60,7 +60,7 @@ def test_segments_and_checkpoints():
 def test_interpolants_of_a_segment(adjoint):
     continuous = kept(plan(adjoint))
     assert continuous["checkpoints"] == (20, STATE)
-    assert continuous["interpolants"] == (20, 2 * 8 + 4 * STATE)
+    assert continuous["interpolants"] == (20, 4 * STATE)
 
 
 def test_adjoints_that_keep_no_steps():

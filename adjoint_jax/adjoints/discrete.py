@@ -9,6 +9,7 @@ from adjoint_jax.adjoints.keep import AbstractKeep, KeepStates
 from adjoint_jax.adjoints.linearisations import suitable_keep
 from adjoint_jax.adjoints.tape import check_checkpoints, tape_recorder
 from adjoint_jax.integrate import Integrator, Report
+from adjoint_jax.lanes import are_lanes
 from adjoint_jax.recorders import AbstractRecorder
 
 
@@ -56,7 +57,9 @@ class DiscreteAdjoint(AbstractExactAdjoint):
         return super().solve(inputs, run) if small is None else small
 
     def recorders(self, integrator: Integrator, inputs: Inputs) -> list[AbstractRecorder]:
-        return [tape_recorder(self._keep(integrator, inputs), self.checkpoints, integrator, inputs, whole=True)]
+        keep = self._keep(integrator, inputs)
+        whole = keep.budget(in_lanes=are_lanes(inputs))
+        return [tape_recorder(keep, self.checkpoints, integrator, inputs, whole=whole)]
 
     def _keep(self, integrator: Integrator, inputs: Inputs) -> AbstractKeep:
         if self.keep is not None:

@@ -32,6 +32,7 @@ from adjoint_jax.adjoints.adjoint import (
     times_cotangent,
     unknown_if,
 )
+from adjoint_jax.adjoints.keep import AbstractKeep
 from adjoint_jax.adjoints.memory import Memory
 from adjoint_jax.adjoints.rows import Pulled, RowPull, Steps, pull_row
 from adjoint_jax.adjoints.trail import AbstractTrail, Segment, Walked, Way
@@ -173,8 +174,10 @@ class _Sweep:
 
     def __init__(self, way: Way, requests: Requests, trail: AbstractTrail, cotangent: Saved):
         self.way, self.requests, self.trail = way, requests, trail
-        self.problem, self.solver = way.problem, way.integrator.solver
-        self.gathering = trail.keep.gathering(self.problem, self.solver, interpolated=requests.interpolated)
+        self.problem, self.solver, keep = way.problem, way.integrator.solver, trail.keep
+        assert isinstance(keep, AbstractKeep)
+        self.keep = keep
+        self.gathering = keep.gathering(self.problem, self.solver, interpolated=requests.interpolated)
         failed = way.report.status != Status.SUCCESS
         self.row_cotangents = [self._rows(*pair) for pair in zip(requests.rows, cotangent.rows, strict=True)]
         y1 = blame(materialise(cotangent.y1, self.problem.y0), failed)
@@ -250,7 +253,7 @@ class _Sweep:
         gathered = self.gathering.opened(swept.parameters, len(steps.starts))
         swept = swept._replace(parameters=gathered)
         if not step_by_step:
-            all_steps = Steps(steps.starts, steps.ends, self.trail.keep.state(steps.kept), count)
+            all_steps = Steps(steps.starts, steps.ends, self.keep.state(steps.kept), count)
             rows, observed = self._with_rows(all_steps, observed, swept.rows)
             swept = swept._replace(rows=rows)
 
@@ -258,7 +261,7 @@ class _Sweep:
             index = count - 1 - reversed_index
             start, end = self.problem.decide(tree.take, (steps.starts, steps.ends), index)
             start, end, kept = self.problem.stored((start, end, tree.take(steps.kept, index)))
-            interval, state, rows = self.way.interval(start, end), self.trail.keep.state(kept), swept.rows
+            interval, state, rows = self.way.interval(start, end), self.keep.state(kept), swept.rows
             of_step = tree.take_block(observed, index, 1)
             if step_by_step:
                 one = Steps(start[None], end[None], tree.map(lambda leaf: leaf[None], state), jnp.ones((), jnp.int32))

@@ -1,20 +1,19 @@
 """Adjoints that solve for a(t) alone, backward, with y(t) from the interpolants of the forward steps."""
 
 import abc
-import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, DTypeLike, Int
+from jaxtyping import Array, Bool, DTypeLike, Float, Int
 
 from adjoint_jax import tree
 from adjoint_jax.adjoints.adjoint import Inputs, unknown_if
 from adjoint_jax.adjoints.continuous import AbstractContinuousAdjoint, Final, Swept, preceded_by_t0
-from adjoint_jax.adjoints.keep import KeepStates
-from adjoint_jax.adjoints.memory import Kept, Memory
+from adjoint_jax.adjoints.keep import KeepInterpolants, Polynomial
+from adjoint_jax.adjoints.memory import Memory
 from adjoint_jax.adjoints.reverse_ode import (
     AbstractReverseSystem,
     Adjoint,
@@ -27,11 +26,11 @@ from adjoint_jax.adjoints.reverse_ode import (
     reverse_integrator,
 )
 from adjoint_jax.adjoints.tape import check_checkpoints, tape_recorder
-from adjoint_jax.adjoints.trail import AbstractTrail, Segment, Way
+from adjoint_jax.adjoints.trail import Segment, Way
 from adjoint_jax.controllers.controller import AbstractController
 from adjoint_jax.integrate import Integrator
 from adjoint_jax.interpolation import Interpolant
-from adjoint_jax.lanes import any_lane, put_block
+from adjoint_jax.lanes import any_lane
 from adjoint_jax.linear.jacobian import AbstractJacobian
 from adjoint_jax.problem import Problem
 from adjoint_jax.recorders import AbstractRecorder
@@ -61,18 +60,16 @@ class AbstractInterpolatingAdjoint(AbstractContinuousAdjoint):
         return eqx.tree_at(lambda adjoint: adjoint.controller, self, controller, is_leaf=lambda x: x is self.controller)
 
     def recorders(self, integrator: Integrator, inputs: Inputs) -> list[AbstractRecorder]:
-        return [tape_recorder(KeepStates(), self.checkpoints, integrator, inputs, whole=False)]
+        return [tape_recorder(KeepInterpolants(), self.checkpoints, integrator, inputs, whole=0)]
 
     def memory(self, way: Way, records: Sequence[Any]) -> Memory:
-        segment = Segment(way.report.slots, way.report.slots, records[0].times, records[0].recent)
-        interpolants = jax.eval_shape(functools.partial(_interpolants, way, records[0]), segment)
-        return records[0].memory(way).also(Kept.rows("interpolants", interpolants))
+        return records[0].memory(way)
 
     def sweep(self, way: Way, records: Sequence[Any], observations: Observations, final: Final) -> Swept:
         trail = records[0]
         observations = preceded_by_t0(way.problem, observations)
         reverse = self.reverse(reverse_integrator(way, self.solver, self.controller), way.problem)
-        sweep = _SegmentSweep(way, trail, reverse, observations, final.cost)
+        sweep = _SegmentSweep(way, reverse, observations, final.cost)
         h = jnp.abs(way.report.reached - way.problem.t0) / jnp.maximum(way.report.stats.accepted, 1)
         start = ReverseState.beginning(final.t, final.a, final.parameters, h)
         stand = _Stand(start, jnp.full((), len(observations.times), jnp.int32))
@@ -87,9 +84,9 @@ class InterpolatingAdjoint(AbstractInterpolatingAdjoint):
     """The continuous adjoint with the state from the forward solution's dense output.
 
     a(t) is integrated backward, each step controlled by its error estimate, and parameters are summed up over the stages of
-    the reverse method. States are kept at checkpoints, the starts of some segments of forward steps; those of a segment
-    and their interpolants are computed again when its turn comes. The reverse integration stops at observations and at
-    the ends of segments.
+    the reverse method. States are kept at checkpoints, the starts of some segments of forward steps, and the interpolants
+    of the last segment's steps; those of an earlier one are computed again when its turn comes. The reverse integration
+    stops at observations and at the ends of segments.
 
     - `solver`, `controller`: the method and controller of the reverse integration, by default the forward ones; where the
       forward grid is given, steps of its mean size. Tolerances given as pytrees are like y.
@@ -120,7 +117,6 @@ class _SegmentSweep(NamedTuple):
     """The reverse integration of a(t), to be carried over one segment of the forward steps after the other."""
 
     way: Way
-    trail: AbstractTrail
     reverse: Reverse
     observations: Observations
     cost: Arrays
@@ -128,8 +124,7 @@ class _SegmentSweep(NamedTuple):
     def over_segment(self, segment: Segment, stand: _Stand) -> _Stand:
         """From the segment's end to its start, with the observations in between."""
         begin, direction = segment.times[0], self.way.problem.direction
-        interpolants = _interpolants(self.way, self.trail, segment)
-        system = _Along(self.way.problem, self.cost, interpolants, segment.steps, direction)
+        system = _Along(self.way.problem, self.cost, segment.times, segment.kept, segment.steps, direction)
 
         def observed(stand: _Stand) -> Bool[Array, ""]:
             return tree.take(self.observations.times, stand.left - 1) * direction > begin * direction
@@ -149,41 +144,23 @@ class _SegmentSweep(NamedTuple):
         return jax.lax.while_loop(unfinished, to_next, stand)
 
 
-def _interpolants(way: Way, trail: AbstractTrail, segment: Segment) -> Interpolant:
-    """Those of the segment's steps; what stands behind the last of them means nothing."""
-    (problem, integrator), length = way[:2], jax.tree.leaves(segment.kept)[0].shape[0]
-
-    def interpolant(step: tuple[Scalar, Scalar, Arrays]) -> Interpolant:
-        start, end, state = step
-        taken = integrator.solver.step(problem, way.interval(start, end), state, None)
-        return integrator.solver.interpolant(integrator.solver.with_dense_stages(problem, taken))
-
-    def add_chunk(index: Array, interpolants: Interpolant) -> Interpolant:
-        first, chunk = index * trail.chunk, trail.chunk
-        starts = tree.take_block(segment.times, first, chunk)
-        ends = tree.take_block(segment.times, first + 1, chunk)
-        block = jax.vmap(interpolant)((starts, ends, tree.take_block(segment.kept, first, chunk)))
-        return put_block(interpolants, first, block)
-
-    one = jax.eval_shape(interpolant, (problem.t0, problem.t0, integrator.solver.start(problem)))
-    chunks = tree.blocks(segment.steps, trail.chunk)
-    return jax.lax.fori_loop(0, chunks, add_chunk, tree.buffer(length, one))
-
-
 class _Along(AbstractReverseSystem):
     """The reverse ODE for a(t) along the interpolants of some forward steps."""
 
     problem: Problem
     cost: Arrays
-    interpolants: Interpolant
+    times: Float[Array, " times"]
+    polynomials: Polynomial
     steps: Int[Array, ""]
     direction: Scalar
 
     def adjoint(self, t: Scalar, state: Arrays) -> Adjoint:
-        ends = self.interpolants.end
+        ends = self.times[1:]
         passed = (ends * self.direction < t * self.direction) & (jnp.arange(len(ends)) < self.steps - 1)
         at = jnp.sum(passed, dtype=jnp.int32)
-        return Adjoint(tree.take(self.interpolants, at).evaluate(t), state)
+        start, end = tree.take(self.times, at), tree.take(self.times, at + 1)
+        interpolant = Interpolant(start, end, *tree.take(self.polynomials, at))
+        return Adjoint(interpolant.finite.evaluate(t), state)
 
     def velocity(self, rates: Adjoint) -> Arrays:
         return rates.a

@@ -8,6 +8,7 @@ import jax
 
 from adjoint_jax import tree
 from adjoint_jax.adjoints.gathering import AbstractGathering, AtOnce
+from adjoint_jax.kernels import stored_in_lanes
 from adjoint_jax.problem import Interval, Parameters, Problem
 from adjoint_jax.solvers.explicit_runge_kutta import ExplicitRungeKutta
 from adjoint_jax.solvers.solver import AbstractSolver, Step, StepOutputs
@@ -23,19 +24,18 @@ scan takes 13.2 s and 82 MB. `KeepLinearisations` with 4 to 19 MB: 17.3 to 17.9 
 """
 
 
-class AbstractKeep(eqx.Module):
-    """A choice of what to keep of every step."""
+class AbstractMemo(eqx.Module):
+    """What is kept of every step."""
 
     what: ClassVar[str]
-    """What is kept, in one word."""
+    """What that is, in one word."""
+    interpolates: ClassVar[bool] = False
+    """Whether it needs the stages of the dense output."""
 
-    @abc.abstractmethod
-    def budget(self, *, in_lanes: bool) -> int:
-        """All steps of a given grid are kept if they take no more bytes than this."""
-
-    @abc.abstractmethod
     def segment(self, steps: int, bytes_of_step: int) -> int:
         """The number of steps that are kept at a time, where that of a segment would be `steps`."""
+        del bytes_of_step
+        return steps
 
     @abc.abstractmethod
     def of(self, problem: Problem, solver: AbstractSolver, step: Step, *, interpolated: bool) -> Any:
@@ -49,14 +49,43 @@ class AbstractKeep(eqx.Module):
         """Bytes that are kept of a step."""
         return tree.size_in_bytes(self.shapes(problem, solver, interpolated=interpolated))
 
-    @abc.abstractmethod
-    def state(self, kept: Any) -> Arrays:
-        """The method's state before the step, or before many."""
-
     def chunk(self, problem: Problem, solver: AbstractSolver, *, interpolated: bool) -> int:
         """The number of steps that are best looked at at a time, if it matters."""
         del problem, solver, interpolated
         return 1
+
+
+class Polynomial(NamedTuple):
+    """A step's interpolant without its times; or many, along a leading axis."""
+
+    y0: Arrays
+    coefficients: Arrays
+
+
+class KeepInterpolants(AbstractMemo):
+    """Keep each step's interpolant: where that is all that is wanted on the way back, no stage is computed again."""
+
+    what: ClassVar[str] = "interpolants"
+    interpolates: ClassVar[bool] = True
+
+    def of(self, problem: Problem, solver: AbstractSolver, step: Step, *, interpolated: bool) -> Polynomial:
+        interpolant = stored_in_lanes(solver.interpolant(stored_in_lanes(step)))
+        return Polynomial(interpolant.y0, interpolant.coefficients)
+
+    def shapes(self, problem: Problem, solver: AbstractSolver, *, interpolated: bool) -> Polynomial:
+        return jax.eval_shape(lambda: Polynomial(problem.y0, tree.buffer(solver.dense_degree, problem.y0)))
+
+
+class AbstractKeep(AbstractMemo):
+    """A choice of what to keep of every step for its transposition."""
+
+    @abc.abstractmethod
+    def budget(self, *, in_lanes: bool) -> int:
+        """All steps of a given grid are kept if they take no more bytes than this."""
+
+    @abc.abstractmethod
+    def state(self, kept: Any) -> Arrays:
+        """The method's state before the step, or before many."""
 
     @abc.abstractmethod
     def gathering(self, problem: Problem, solver: AbstractSolver, *, interpolated: bool) -> AbstractGathering:
@@ -78,10 +107,6 @@ class KeepStates(AbstractKeep):
 
     def budget(self, *, in_lanes: bool) -> int:
         return (BUDGET_OF_LANE if in_lanes else BUDGET) if self.bytes is None else self.bytes
-
-    def segment(self, steps: int, bytes_of_step: int) -> int:
-        del bytes_of_step
-        return steps
 
     def of(self, problem: Problem, solver: AbstractSolver, step: Step, *, interpolated: bool) -> Arrays:
         return step.before

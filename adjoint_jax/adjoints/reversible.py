@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, DTypeLike, Float
 from adjoint_jax import tree
 from adjoint_jax.adjoints.adjoint import Inputs, relative_distance
 from adjoint_jax.adjoints.exact import AbstractExactAdjoint
-from adjoint_jax.adjoints.keep import AbstractKeep, KeepStates
+from adjoint_jax.adjoints.keep import AbstractMemo, KeepStates
 from adjoint_jax.adjoints.memory import Kept, Memory
 from adjoint_jax.adjoints.trail import AbstractTrail, Carry, Segment, Walked, Way, standing_still
 from adjoint_jax.controllers.controller import positive
@@ -65,7 +65,7 @@ class Times(AbstractTrail):
     """The ends of all steps."""
 
     times: Float[Array, " times"]
-    keep: AbstractKeep
+    keep: AbstractMemo
     length: int = eqx.field(static=True)
 
     @property

@@ -21,12 +21,12 @@ from jaxtyping import Array, Bool, Float, Int
 
 from adjoint_jax import tree
 from adjoint_jax.adjoints.adjoint import Inputs
-from adjoint_jax.adjoints.keep import AbstractKeep
+from adjoint_jax.adjoints.keep import AbstractMemo
 from adjoint_jax.adjoints.memory import Kept, Memory
 from adjoint_jax.adjoints.revolve import division, places, repetitions, reversible_segments
 from adjoint_jax.adjoints.trail import AbstractTrail, Carry, Segment, Walked, Way, standing_still
 from adjoint_jax.integrate import Integrator, Mark, Recording, Stretch, chunk_length, round_up
-from adjoint_jax.lanes import are_lanes, max_lane, put, put_block
+from adjoint_jax.lanes import max_lane, put, put_block
 from adjoint_jax.problem import Problem
 from adjoint_jax.recorders import AbstractRecorder, Layout, Place
 from adjoint_jax.solvers.solver import AbstractSolver, Step
@@ -50,7 +50,7 @@ class Tape(AbstractTrail):
     recent: Any
     checkpoints: Mark
     stride: Any
-    keep: AbstractKeep
+    keep: AbstractMemo
     layout: "TapeLayout" = eqx.field(static=True)
 
     @property
@@ -233,12 +233,12 @@ class StepRecorder(AbstractRecorder):
 
     problem: Problem
     solver: AbstractSolver
-    keep: AbstractKeep
+    keep: AbstractMemo
     interpolated: bool = eqx.field(static=True)
 
     @property
     def interpolates(self) -> bool:
-        return self.interpolated
+        return self.interpolated or self.keep.interpolates
 
     def start(self, problem: Problem, layout: Layout, mark: Mark) -> Tape:
         raise NotImplementedError("A tape is started by a TapeRecorder.")
@@ -272,8 +272,8 @@ class TapeRecorder(StepRecorder):
 
     @property
     def interpolates(self) -> bool:
-        """Others say which steps are interpolated."""
-        return False
+        """Others say which steps are interpolated, unless all interpolants are kept."""
+        return self.keep.interpolates
 
     @property
     def segment_limit(self) -> int | None:
@@ -350,17 +350,17 @@ def check_checkpoints(checkpoints: Any, name: str) -> None:
 
 
 def tape_recorder(
-    keep: AbstractKeep, checkpoints: int | None, integrator: Integrator, inputs: Inputs, *, whole: bool
+    keep: AbstractMemo, checkpoints: int | None, integrator: Integrator, inputs: Inputs, *, whole: int
 ) -> TapeRecorder:
     """The recorder with a segment length and a number of checkpoints that suit the sizes known at trace time. `whole`:
-    whether all steps of a given grid may be one segment."""
+    bytes up to which all steps of a given grid are one segment."""
     (problem, requests), solver = inputs, integrator.solver
     kept_bytes = max(1, keep.bytes_of_step(problem, solver, interpolated=requests.interpolated))
     slots, grid = integrator.slots(problem), integrator.controller.grid(problem.t0, problem.t1)
     length = math.isqrt(slots)
     if grid is None:
         length = max(length, LANE_SEGMENT_BYTES // kept_bytes)
-    elif whole and checkpoints is None and slots * kept_bytes <= keep.budget(in_lanes=are_lanes(inputs)):
+    elif checkpoints is None and slots * kept_bytes <= whole:
         length = slots
     if checkpoints is not None:
         length = min(length, math.ceil(slots / checkpoints))

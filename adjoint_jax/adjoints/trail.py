@@ -8,7 +8,7 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from adjoint_jax.adjoints.keep import AbstractKeep
+from adjoint_jax.adjoints.keep import AbstractMemo
 from adjoint_jax.adjoints.memory import Memory
 from adjoint_jax.integrate import Integrator, Report
 from adjoint_jax.problem import Interval, Problem
@@ -51,7 +51,7 @@ class Walked(NamedTuple):
 class AbstractTrail(eqx.Module):
     """A record of the forward integration. A step of no length stands for none."""
 
-    keep: eqx.AbstractVar[AbstractKeep]
+    keep: eqx.AbstractVar[AbstractMemo]
     """What is kept of every step."""
 
     @property
