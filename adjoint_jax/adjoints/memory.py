@@ -46,10 +46,6 @@ class Memory(NamedTuple):
         """Of all that is kept."""
         return sum(one.bytes for one in self.kept)
 
-    def also(self, *kept: Kept) -> "Memory":
-        """The same with more of it."""
-        return self._replace(kept=self.kept + kept)
-
     @staticmethod
     def of(*kept: Kept) -> "Memory":
         """What has no segments, and no step of which is taken again."""
