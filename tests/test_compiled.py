@@ -60,7 +60,7 @@ def test_a_small_solve_is_cheap():
     ("stepping", "quantity", "lanes", "in_one", "in_all"),
     [
         ("adaptive", "forward", False, 44, 92),
-        ("adaptive", "gradient", False, 50, 197),
+        ("adaptive", "gradient", False, 50, 198),
         ("adaptive", "forward", True, 75, 212),
         ("adaptive", "gradient", True, 100, 545),
         ("given grid", "forward", False, 9, 23),
