@@ -92,6 +92,17 @@ def test_long_derivations_are_none():
     assert kept == [0, 1, 2], program
 
 
+def test_long_chains_are_given_up_soon():
+    """A chain of squares has two ways from every link to the one before, 2^200 in all."""
+
+    def function(x, y):
+        for _ in range(200):
+            x = x * x
+        return y, x
+
+    assert derived(function, X, Y)[1].kept == [0, 1]
+
+
 def linearised(name):
     """The linearisation of a field, and all that it keeps at some point."""
     weights, t = [W, V], jnp.asarray(0.3)

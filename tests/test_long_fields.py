@@ -116,6 +116,23 @@ def test_continuous_adjoints_hold_few_copies_of_a_long_field(case, loops, monkey
     assert copies(case) >= in_loops + 5
 
 
+def test_an_integrand_that_is_not_finite_where_it_has_no_weight_is_left_out(monkeypatch):
+    """t^p has no derivative with respect to p at t = 0, where the last stage of Bosh3's last step backward is."""
+
+    def final(power):
+        def field(t, y, power):
+            return layers(t, y, WEIGHTS) + jnp.exp(power * jnp.log(t))
+
+        case = {"solver": aj.Bosh3(), "controller": aj.PIDController(1e-6, 1e-6), "adjoint": aj.BacksolveAdjoint()}
+        return jnp.sum(aj.solve(field, 0.0, 1.0, Y0, power, throw=False, **case).ys)
+
+    written_out = jax.jit(jax.grad(final))(2.0)
+    monkeypatch.setattr(explicit_runge_kutta, "WRITTEN_OUT_OPERATIONS", LAYERS)
+    in_loops = jax.jit(jax.grad(lambda power: final(power)))(2.0)
+    assert jnp.isfinite(written_out)
+    np.testing.assert_allclose(in_loops, written_out, rtol=1e-9)
+
+
 @pytest.mark.parametrize("case", ["adaptive", "rows", "backsolve"])
 def test_a_field_is_lowered_a_few_times_however_often_it_is_called(case):
     """Itself, its linearisation, and each of them again where some of its results are not needed: some twenty calls."""

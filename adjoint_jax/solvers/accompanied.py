@@ -35,8 +35,9 @@ class Accompanied(AbstractSolver):
     What the method gives for a further state whose derivative is the integrand is the integral's sum over its stages:
     no more than its `quadrature`, since nothing depends on the integral. So the integral is carried from step to step, but
     is no part of y, of the error estimate, or of what must be finite for the integration to go on. The stages of the
-    integral that the method would compute are not used, and XLA removes them. The first stage of a step is never taken over
-    from the step before, which knows the field there, but not the integrand.
+    integral that the method would compute are not used, and XLA removes them; a long step, a loop over its stages, adds up
+    as it goes. The first stage of a step is never taken over from the step before, which knows the field there, but not the
+    integrand.
 
     - `rates`: (t, y, args) -> the field and the integrand.
     - `so_far`: the integral at t0.
