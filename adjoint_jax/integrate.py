@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Bool, Int, PyTree
 
 from adjoint_jax import tree
 from adjoint_jax.controllers.controller import AbstractController, AbstractStepSize, Trial
+from adjoint_jax.ends import AbstractEnds
 from adjoint_jax.lanes import any_lane, apart, put, slots_first
 from adjoint_jax.linear.mass import is_consistent
 from adjoint_jax.problem import Interval, Problem
@@ -99,16 +100,16 @@ class Integrator(eqx.Module):
         problem: Problem,
         mark: Mark,
         stretch: Stretch,
-        times: Float[Array, " times"] | None,
+        ends: AbstractEnds | None,
         kept: Recording | None,
     ) -> tuple[Mark, Any]:
         """Take steps again from a mark on: the mark behind them, and their record (None without a recorder). Where the ends
         of all steps are known, they are a given grid; otherwise steps are chosen again as they were."""
         recorders, records = ((), ()) if kept is None else ((kept.recorder,), (kept.record,))
-        if times is None:
+        if ends is None:
             loop = self._loop(problem, recorders)
         else:
-            loop = _GridLoop(problem.for_steps(), self.solver, self.controller, recorders, times)
+            loop = _GridLoop(problem.for_steps(), self.solver, self.controller, recorders, ends)
         mark, records = loop.again(mark, stretch, records)
         return mark, (records[0] if records else None)
 
@@ -126,15 +127,15 @@ class Integrator(eqx.Module):
         takes_step_size = isinstance(self.controller, AbstractStepSize) and self.controller.adapts
         return Integrator(self.method, self.controller, h if takes_step_size else None, self.max_steps)
 
-    def grid_steps(self, problem: Problem) -> int | None:
+    @property
+    def grid_steps(self) -> int | None:
         """The number of steps where it is known before the solution, else None."""
-        grid = jax.eval_shape(self.controller.grid, problem.t0, problem.t1)
-        return None if grid is None else grid.shape[0] - 1
+        return self.controller.grid_steps
 
-    def slots(self, problem: Problem) -> int:
+    @property
+    def slots(self) -> int:
         """The largest number of steps."""
-        grid_steps = self.grid_steps(problem)
-        return self.max_steps if grid_steps is None else grid_steps
+        return self.max_steps if self.grid_steps is None else self.grid_steps
 
 
 class _Walk(NamedTuple):
@@ -470,15 +471,15 @@ class _SteppingLoop(NamedTuple):
 
 
 class _Stride(NamedTuple):
-    """The ends of one step of a given grid; or of many, along leading axes."""
+    """The ends of one step of a given grid."""
 
-    start: Float[Array, "..."]
-    end: Float[Array, "..."]
+    start: Scalar
+    end: Scalar
 
     @staticmethod
-    def of(grid: Float[Array, " times"], slot: Int[Array, ""]) -> "_Stride":
+    def of(grid: AbstractEnds, slot: Int[Array, ""]) -> "_Stride":
         """The step of a slot."""
-        return _Stride(tree.take(grid, slot), tree.take(grid, slot + 1))
+        return _Stride(grid.at(slot), grid.at(slot + 1))
 
 
 class _Finite(NamedTuple):
@@ -509,27 +510,25 @@ class _GridLoop(NamedTuple):
     solver: AbstractSolver
     controller: AbstractController
     recorders: tuple[AbstractRecorder, ...]
-    grid: Float[Array, " times"]
+    grid: AbstractEnds
 
     def run(self, valid: Bool[Array, ""]) -> Outcome:
-        problem, grid, steps = self.problem, self.grid, self.grid.shape[0] - 1
+        problem, grid, steps = self.problem, self.grid, self.controller.grid_steps
+        assert steps is not None
         segment = even_segment(steps, self._longest_segment())
-        strides, padding = _strides(grid, segment)
-        layout = Layout(steps + padding, segment, segment)
+        slots = round_up(steps, segment)
         start = self._pace(problem.t0, self.solver.start(problem))
+        layout = Layout(slots, segment, segment)
         records = tuple(recorder.start(problem, layout, start.mark) for recorder in self.recorders)
 
-        def run_segment(carry: tuple[Any, ...], segment_strides: tuple[_Stride, Array]) -> tuple[tuple[Any, ...], None]:
-            pace, records, finite = carry
-            strides, slot = segment_strides
+        def run_segment(carry: tuple[Any, ...], index: Int[Array, ""]) -> tuple[tuple[Any, ...], None]:
+            (entry, records, finite), slot = carry, index * segment
 
-            def take_stride(pace: _Pace, stride: _Stride) -> tuple[_Pace, tuple[Any, ...]]:
-                return self._stride(pace, stride)
+            def take_stride(pace: _Pace, position: Int[Array, ""]) -> tuple[_Pace, tuple[Any, ...]]:
+                return self._stride(pace, problem.decide(_Stride.of, grid, slot + position))
 
-            entry = pace
-            pace, notes = jax.lax.scan(take_stride, entry, strides)
-            state = pace.state
-            begin, end = strides.start[0], strides.end[-1]
+            pace, notes = jax.lax.scan(take_stride, entry, jnp.arange(segment, dtype=jnp.int32))
+            state, (begin, end) = pace.state, (grid.at(slot), grid.at(slot + segment))
             place = Place(slot, _zero(), begin, entry.mark)
             triples = zip(self.recorders, records, notes, strict=True)
             records = tuple(recorder.write(record, place, notes) for recorder, record, notes in triples)
@@ -539,18 +538,19 @@ class _GridLoop(NamedTuple):
             here = _Finite(state, slot + segment)
             return (pace, records, tree.where(self.solver.is_finite(state), here, finite)), None
 
-        slots = segment * jnp.arange(strides.start.shape[0], dtype=jnp.int32)
         carry = start, records, _Finite(start.state, _zero())
-        (state, _, iterations), records, finite = jax.lax.scan(run_segment, carry, (strides, slots))[0]
+        segments = jnp.arange(slots // segment, dtype=jnp.int32)
+        (state, _, iterations), records, finite = jax.lax.scan(run_segment, carry, segments)[0]
         status = jnp.where(self.solver.is_finite(state), Status.SUCCESS, Status.NON_FINITE)
         status = jnp.where(is_consistent(problem), status, Status.INCONSISTENT)
         status = jnp.where(valid, status, Status.INVALID_TIMES).astype(jnp.int32)
-        taken = self._finite_steps(grid, finite)
+        taken = self._finite_steps(steps, finite)
         per_step = self.solver.evaluations(estimated=False, interpolated=self._interpolates)
         per_step += self.solver.extra_stages * self._interpolates
         start_evaluations = self.solver.start_evaluations + self.solver.reuses_last_stage
         stats = Stats(taken, _zero(), iterations + (steps * per_step + start_evaluations))
-        return Outcome(state, records, Report(tree.take(grid, taken), status, stats, _zero() + steps, grid[-1] - grid[-2]))
+        last = _Stride.of(grid, _zero() + (steps - 1))
+        return Outcome(state, records, Report(grid.at(taken), status, stats, _zero() + steps, last.end - last.start))
 
     @property
     def _reuses_last_stage(self) -> bool:
@@ -563,7 +563,7 @@ class _GridLoop(NamedTuple):
         return _Pace(state, slope, _zero())
 
     def again(self, mark: Mark, stretch: Stretch, records: tuple[Any, ...]) -> tuple[Mark, tuple[Any, ...]]:
-        first = tree.take(self.grid, stretch.slot)
+        first = self.grid.at(stretch.slot)
 
         def take_stride(position: Array, walk: tuple[_Pace, tuple[Any, ...]]) -> tuple[_Pace, tuple[Any, ...]]:
             pace, records = walk
@@ -585,17 +585,16 @@ class _GridLoop(NamedTuple):
         limits = [r.segment_limit for r in self.recorders] + [r.longest_chunk for r in self.recorders]
         return min([GRID_SEGMENT, fitting, *_limits(limits)])
 
-    def _finite_steps(self, grid: Float[Array, " times"], known: _Finite) -> Int[Array, ""]:
+    def _finite_steps(self, steps: int, known: _Finite) -> Int[Array, ""]:
         """How many steps have a finite result: those up to the last segment that ends so, and those after it, which are
         taken again one by one."""
-        steps = grid.shape[0] - 1
 
         def goes_on(walk: tuple[_Finite, Bool[Array, ""]]) -> Bool[Array, ""]:
             return any_lane(walk[1] & (walk[0].steps < steps))
 
         def take(walk: tuple[_Finite, Bool[Array, ""]]) -> tuple[_Finite, Bool[Array, ""]]:
             (state, n), finite = walk
-            interval = self.controller.interval(tree.take(grid, n), tree.take(grid, n + 1))
+            interval = self.controller.interval(*_Stride.of(self.grid, n))
             after = self.solver.step(self.problem, interval, state, None).after
             finite &= (n < steps) & self.solver.is_finite(after)
             return tree.where(finite, _Finite(after, n + 1), _Finite(state, n)), finite
@@ -650,13 +649,6 @@ def even_segment(steps: int, longest: int) -> int:
     if steps <= longest:
         return max(steps, 1)
     return min(range(longest, longest // 2, -1), key=lambda length: -steps % length)
-
-
-def _strides(grid: Float[Array, " times"], segment: int) -> tuple[_Stride, int]:
-    """The grid's steps in segments, and the number of steps of no length that fill up the last one."""
-    padding = -(grid.shape[0] - 1) % segment
-    times = jnp.concatenate([grid, jnp.full(padding, grid[-1])]) if padding else grid
-    return _Stride(times[:-1].reshape(-1, segment), times[1:].reshape(-1, segment)), padding
 
 
 def _taken(iterations: Int[Array, ""] | None, taken: Bool[Array, ""]) -> Int[Array, ""]:

@@ -91,11 +91,11 @@ def in_one_kernel(function: Callable[..., Any], *operands: Any) -> Any:
 
 
 def in_blocks(function: Callable[..., Any], *operands: Any) -> Any:
-    """`function(*operands)`. Under `vmap`, on a single CPU, lanes are computed block by block, so that what a block holds
-    stays in the cache, and lanes of one block do not wait for those of another.
+    """`function(*operands)`. Under `vmap` lanes are computed block by block, so that on a CPU what a block holds stays in
+    the cache, and lanes of one block do not wait for those of another.
 
     Lanes decide together within a block alone (see `lanes`). So of two functions, one of which reads what the other has
-    recorded, both must be computed so, or neither. Whether they are depends on nothing but JAX's devices."""
+    recorded, both must be computed so, or neither."""
     traced = _Traced.of(function, operands)
     return traced.results(_blockwise(traced.program)(*traced.inputs))
 
@@ -248,7 +248,7 @@ class _Lanes(NamedTuple):
     def in_blocks(self, program: Callable[..., list[Any]], operands: Sequence[Any]) -> list[Any]:
         """The program for all lanes, in blocks of equal size, the last one filled up with copies of the last lane."""
         blocks = -(-self.number // LANES_TOGETHER)
-        if blocks <= 1 or not on_one_cpu():
+        if blocks <= 1:
             return self.of(program)(*operands)
         size = -(-self.number // blocks)
 
@@ -324,8 +324,11 @@ def _derivative(
 
 
 def _takes_attributes(context: Any) -> bool:
-    """Whether what XLA is told of a call is known to be heeded: on one device, in these versions."""
-    is_alone = getattr(context.module_context.axis_context, "num_devices", None) == 1
+    """Whether what XLA is told of a call is known to be heeded: by one device, or by each of several of its own part of a
+    `jax.shard_map`, in these versions."""
+    around = context.module_context.axis_context
+    in_parts = getattr(around, "manual_axes", frozenset())
+    is_alone = set(in_parts) == set(around.mesh.axis_names) if in_parts else getattr(around, "num_devices", None) == 1
     return is_alone and SINCE <= jax.__version_info__[:2] < BEFORE
 
 

@@ -162,8 +162,17 @@ def _slices_put(
 
 
 def on_one_cpu() -> bool:
-    """Whether a single CPU is all that JAX has to compute with."""
-    return jax.default_backend() == "cpu" and jax.device_count() == 1
+    """Whether what is traced here is computed by a single CPU: the only device there is, or each of several by itself, in
+    `jax.shard_map`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    is_apart = bool(mesh.axis_names) and set(mesh.manual_axes) == set(mesh.axis_names)
+    return jax.default_backend() == "cpu" and (jax.device_count() == 1 or is_apart)
+
+
+def differ_between_devices(values: PyTree[Any]) -> bool:
+    """Whether `jax.shard_map` follows which values differ between devices, and says so of any of these."""
+    types = [jax.typeof(leaf) for leaf in jax.tree.leaves(values) if is_traced(leaf)]
+    return any(getattr(of, "vma", None) or getattr(getattr(of, "mat", None), "varying", None) for of in types)
 
 
 def are_lanes(values: PyTree[Any]) -> bool:

@@ -168,7 +168,7 @@ class Problem(eqx.Module):
         something is saved within steps: then lanes hold so much of each that they are best computed in blocks."""
         if not self.is_small:
             return function(*operands)
-        if not (self.is_in_lanes and interpolated):
+        if not (isinstance(self.vector_field, ScalarProgram) and self.vector_field.in_blocks and interpolated):
             return in_one_kernel(function, *operands)
         return in_blocks(functools.partial(in_one_kernel, function), *operands)
 

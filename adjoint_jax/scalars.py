@@ -102,6 +102,8 @@ class ScalarProgram(Hoisted):
     """Entries of the largest array of the state that the scalars stand for."""
     in_lanes: bool = eqx.field(static=True)
     """Whether it is known that there are many lanes."""
+    in_blocks: bool = eqx.field(static=True)
+    """Whether these are to be computed block by block, in loops that record something and in those that read it."""
 
     @property
     def cost(self) -> int:
@@ -113,7 +115,9 @@ class _NotInScalarsError(Exception):
     """Something in a program is not arithmetic, selection or reduction of entries."""
 
 
-def written_out(function: Hoisted, t: Scalar, y: Arrays, args: PyTree[Any], *, in_lanes: bool) -> ScalarProgram | None:
+def written_out(
+    function: Hoisted, t: Scalar, y: Arrays, args: PyTree[Any], *, in_lanes: bool, in_blocks: bool
+) -> ScalarProgram | None:
     """A function in scalars; None if it cannot be written so.
 
     The program's args are the entries of two tuples: of the inexact arrays that the function closes over, and of those in
@@ -134,7 +138,7 @@ def written_out(function: Hoisted, t: Scalar, y: Arrays, args: PyTree[Any], *, i
         scalar = hoisted(program, t, of_y.apart(y), parameters)
     except _NotInScalarsError:
         return None
-    return ScalarProgram(scalar.arrays, scalar.program, scalar.structure, of_y.largest, in_lanes)
+    return ScalarProgram(scalar.arrays, scalar.program, scalar.structure, of_y.largest, in_lanes, in_blocks)
 
 
 def _evaluated(jaxpr: Any, values: Sequence[Grid]) -> list[Grid]:

@@ -17,6 +17,7 @@ from adjoint_jax.controllers.step_sizes import PIDController
 from adjoint_jax.errors import raise_on_failure
 from adjoint_jax.integrate import Integrator, Report
 from adjoint_jax.interpolation import Trajectory
+from adjoint_jax.lanes import differ_between_devices
 from adjoint_jax.linear.jacobian import ravel
 from adjoint_jax.linear.mass import algebraic_residuals, is_consistent
 from adjoint_jax.problem import (
@@ -106,6 +107,11 @@ def solve(
     integrator = Integrator(solver, controller, dt0, max_steps)
     arguments = vector_field, running_cost, mass, t0, t1, y0, canonical_args(args, y0)
     given = _Given(*arguments, integrator, saveats, adjoint)
+    if differ_between_devices(given):
+        raise ValueError(
+            "jax.shard_map follows which values differ between devices, and loops over steps do not: solve needs "
+            "jax.shard_map(..., check_vma=False)."
+        )
     parts, solution = _solve(tree.as_jax(given), throw) if tree.is_staged() else _compiled(given, throw)
     ts, ys = (jax.tree.unflatten(structure, part) for part in zip(*parts, strict=True))
     solution = Solution(tree.map(jnp.asarray, ts), ys, *solution)

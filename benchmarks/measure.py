@@ -37,6 +37,7 @@ def measure(measured: Measured, length: Length, contestants: tuple[Contestant, .
     case = measured.case
     problem = case.problem()
     jax.config.update("jax_enable_x64", problem.dtype == np.float64)
+    jax.config.update("jax_num_cpu_devices", problem.devices)
     warm_up()
     kinds = {Mode.RACE: race, Mode.ALONE: alone, Mode.COUNTED: counted, Mode.IMPORT: imported}
     return list(kinds[measured.mode](case._replace(contestants=contestants), problem, length))

@@ -51,7 +51,7 @@ class Problem:
 
     The loss is the mean square of what is saved, or its sum with `weights`, its gradient that with respect to the
     parameters. With `lanes`, so many solves from the same y0, whose parameters have a leading axis; every lane has its own
-    loss, step sizes and gradient.
+    loss, step sizes and gradient. With `devices`, these have so many lanes each.
 
     - `reference`: the name of its stored reference; problems that differ in the number of steps or of lanes share one.
     - `steps`: the number of steps of a fixed grid; none for adaptive steps.
@@ -69,6 +69,7 @@ class Problem:
     t1: float
     ts: np.ndarray | None = None
     lanes: int | None = None
+    devices: int = 1
     steps: int | None = None
     max_steps: int = 4096
     bound: int = 4096
@@ -98,15 +99,14 @@ RANDOM_LANES = 10_000
 """Lanes of a problem are the first of so many random ones, whatever their number."""
 
 
-def lotka_volterra(lanes: int | None = None) -> Problem:
+def lotka_volterra(lanes: int | None = None, devices: int = 1) -> Problem:
     """Lotka and Volterra's equations: two states, four parameters, 100 save times, float64."""
     parameters, ts = np.array([1.5, 1.0, 3.0, 1.0]), np.linspace(0.0, 10.0, 100)
     if lanes is not None:
         parameters = (parameters * _random().uniform(0.9, 1.1, size=(RANDOM_LANES, 4)))[:lanes]
     name = "lotka-volterra" if lanes is None else "lotka-volterra-lanes"
-    return Problem(
-        name, Components(predator_prey), parameters, np.ones(2), 0.0, 10.0, ts, lanes, bound=640 if lanes is None else 256
-    )
+    bound = 640 if lanes is None else 256
+    return Problem(name, Components(predator_prey), parameters, np.ones(2), 0.0, 10.0, ts, lanes, devices, bound=bound)
 
 
 def predator_prey(t: Any, y: Sequence[Any], p: Sequence[Any]) -> tuple[Any, ...]:

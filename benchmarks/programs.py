@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from benchmarks.problems import Problem
 
@@ -89,12 +90,25 @@ class JaxProgram(Program):
             return self.derivative(cost, has_aux=True)(parameters, y0, tolerance)
 
         one = self.solve if self.quantity is Quantity.FORWARD else gradient
-        return one if self.problem.lanes is None else jax.vmap(one, (None, 0, None))
+        lanes = one if self.problem.lanes is None else jax.vmap(one, (None, 0, None))
+        return lanes if self.problem.devices == 1 else self._apart(lanes)
 
     def arguments(self, tolerance: float | None) -> tuple[Any, Any, Any]:
         dtype = self.problem.dtype
         number = jnp.asarray(1.0 if tolerance is None else tolerance, dtype)
-        return jnp.asarray(self.problem.y0), jax.tree.map(jnp.asarray, self.problem.parameters), number
+        parameters = jax.tree.map(jnp.asarray, self.problem.parameters)
+        if self.problem.devices > 1:
+            parameters = jax.device_put(parameters, NamedSharding(self._mesh, PartitionSpec("lanes")))
+        return jnp.asarray(self.problem.y0), parameters, number
+
+    @property
+    def _mesh(self) -> Mesh:
+        return Mesh(np.array(jax.devices()[: self.problem.devices]), ("lanes",))
+
+    def _apart(self, lanes: Callable[..., Any]) -> Callable[..., Any]:
+        """Lanes distributed over devices, which do not wait for one another."""
+        own, shared = PartitionSpec("lanes"), PartitionSpec()
+        return jax.shard_map(lanes, mesh=self._mesh, in_specs=(shared, own, shared), out_specs=own, check_vma=False)
 
     def ready(self, tolerance: float | None) -> Executable:
         arguments = self.arguments(tolerance)

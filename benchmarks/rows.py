@@ -22,6 +22,7 @@ def rows(length: Length) -> dict[str, Row]:
         "lv-forward": _lotka_volterra_forward(length),
         "lv-gradient": _lotka_volterra_gradient(length),
         "lv-lanes": _lotka_volterra_lanes(length),
+        "cores": _lotka_volterra_on_cores(length),
         "node-small": _small_network(length),
         "node-large": _large_network(length),
         "node-deep": _deep_network(length),
@@ -93,6 +94,17 @@ def _lotka_volterra_lanes(length: Length) -> Row:
             races.append(_race(name, problem, quantity, who, tolerances, lanes))
             wants.append(Want(name, by.DISCRETE.name, EVERY_PEER, ratio, 1e-6))
     return Row("Lotka-Volterra with random parameters, 100 save times, float64, vmap", tuple(races), tuple(wants), "lanes")
+
+
+def _lotka_volterra_on_cores(length: Length) -> Row:
+    """The same with a device for each of two cores."""
+    lanes = min(4096, length.largest_lanes)
+    races, wants = [], []
+    for quantity, ratio in ((FORWARD, 0.35), (GRADIENT, 0.25)):
+        problem = functools.partial(problems.lotka_volterra, lanes, devices=2)
+        races.append(_race(quantity.value, problem, quantity, (by.DISCRETE, by.DIFFRAX_TUPLE, by.JAX_ODE), (1e-6,)))
+        wants.append(Want(quantity.value, by.DISCRETE.name, EVERY_PEER, ratio, 1e-6))
+    return Row(f"Lotka-Volterra, {lanes:,} lanes on two CPU devices, jax.shard_map of vmap", tuple(races), tuple(wants))
 
 
 def _small_network(length: Length) -> Row:

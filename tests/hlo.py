@@ -45,6 +45,8 @@ class Program:
     """The computations of a compiled program."""
 
     def __init__(self, compiled):
+        self.operations: float = compiled.cost_analysis()["flops"]
+        """As XLA counts them: entry by entry, once each in loops."""
         self.computations: dict[str, list[Instruction]] = {}
         current: list[Instruction] = []
         for line in compiled.as_text().splitlines():

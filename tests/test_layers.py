@@ -12,6 +12,7 @@ PACKAGE = pathlib.Path(__file__).parent.parent / "adjoint_jax"
 ROOMS = (
     "tree",
     "lanes",
+    "ends",
     "forward_only",
     "hoisting",
     "halves",

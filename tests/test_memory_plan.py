@@ -32,15 +32,14 @@ def kept(plan):
 
 def test_all_steps_of_a_given_grid():
     of_all = plan(aj.DiscreteAdjoint())
-    assert kept(of_all) == {"states": (STEPS, STATE), "checkpoints": (1, STATE), "times": (STEPS + 1, 8)}
+    assert kept(of_all) == {"states": (STEPS, STATE), "checkpoints": (1, STATE)}
     assert (of_all.steps, of_all.memory.segment, of_all.memory.segments) == (STEPS, STEPS, 1)
     assert of_all.memory.repetitions == (0.0, 0)
-    assert of_all.bytes == (STEPS + 1) * STATE + 8 * (STEPS + 1)
+    assert of_all.bytes == (STEPS + 1) * STATE
     assert str(of_all) == (
         "DiscreteAdjoint, at most 400 steps: all of them are kept.\n"
         "  states       400 of 4 KiB  1.56 MiB\n"
         "  checkpoints    1 of 4 KiB  4 KiB\n"
-        "  times          401 of 8 B  3.13 KiB\n"
         "  in all                     1.57 MiB\n"
         "No step is taken again."
     )
@@ -68,7 +67,13 @@ def test_adjoints_that_keep_no_steps():
     assert "nothing is kept" in str(plan(aj.BacksolveAdjoint()))
     assert kept(plan(aj.BacksolveAdjoint(checkpoints=5))) == {"checkpoints": (5, STATE)}
     undone = kept(plan(aj.ReversibleAdjoint(), solver=aj.Reversible(aj.RK4())))
-    assert undone == {"states of steps undone": (1, 2 * STATE), "times": (STEPS + 2, 8)}
+    assert undone == {"states of steps undone": (1, 2 * STATE)}
+
+
+def test_times_of_a_given_grid_are_kept_if_they_are_given():
+    times = {"controller": aj.StepTo(jnp.linspace(0.0, 1.0, STEPS + 1))}
+    assert kept(plan(aj.DiscreteAdjoint(), **times))["times"] == (STEPS + 1, 8)
+    assert kept(plan(aj.ReversibleAdjoint(), solver=aj.Reversible(aj.RK4()), **times))["times"] == (STEPS + 1, 8)
 
 
 def test_adaptive_steps_reserve_what_max_steps_may_need():

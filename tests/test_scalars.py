@@ -63,7 +63,7 @@ def test_a_program_written_out_computes_the_same(field, y, dtype):
     t, y = jnp.asarray(0.3, dtype), jax.tree.map(lambda leaf: leaf.astype(dtype), y)
     args = {**ARGS, "k": ARGS["k"].astype(dtype)}
     function = hoisted(field, t, y, args)
-    program = written_out(function, t, y, args, in_lanes=False)
+    program = written_out(function, t, y, args, in_lanes=False, in_blocks=False)
     assert program is not None
     assert all(v.aval.shape == () for equation in program.jaxpr.eqns for v in equation.outvars)
     state, closed, own = (
@@ -111,7 +111,7 @@ def sum_of_nothing(t, y, args):
 @pytest.mark.parametrize("field", [index_from_the_state, loop, solving, custom_derivative, sum_of_nothing])
 def test_what_is_no_arithmetic_is_left_in_arrays(field):
     t = jnp.array(0.3)
-    assert written_out(hoisted(field, t, Y, ARGS), t, Y, ARGS, in_lanes=False) is None
+    assert written_out(hoisted(field, t, Y, ARGS), t, Y, ARGS, in_lanes=False, in_blocks=False) is None
 
 
 class Oscillator(eqx.Module):

@@ -87,7 +87,7 @@ def recorders(inputs: Inputs, integrator: Integrator) -> list[AbstractRecorder]:
 def saved(inputs: Inputs, integrator: Integrator, outcome: Outcome) -> Saved:
     """What the recorders of `recorders` have saved; records of further recorders are ignored."""
     (problem, requests), records = inputs, iter(outcome.records)
-    slots = integrator.slots(problem)
+    slots = integrator.slots
     failed = outcome.report.status != Status.SUCCESS
     return Saved(
         rows=tuple(next(records).rows for _ in requests.rows),

@@ -18,7 +18,7 @@ from adjoint_jax.adjoints.tape import Tape
 from adjoint_jax.hoisting import Function, Hoisted
 from adjoint_jax.integrate import Integrator, Report
 from adjoint_jax.interpolation import Interpolant
-from adjoint_jax.lanes import are_lanes, in_lanes
+from adjoint_jax.lanes import are_lanes, in_lanes, on_one_cpu
 from adjoint_jax.problem import Problem
 from adjoint_jax.recorders import States
 from adjoint_jax.saveat import Requests, Rows
@@ -132,7 +132,8 @@ def _in_scalars(inputs: Inputs, integrator: Integrator) -> tuple[Inputs, Corresp
     numbers = state.number + of_field.number + of_args.number
     if not has_entries or state.number > MOST_COMPONENTS or numbers > MOST_NUMBERS:
         return None
-    program = written_out(field, problem.t0, problem.y0, problem.args, in_lanes=are_lanes(inputs))
+    lanes = are_lanes(inputs)
+    program = written_out(field, problem.t0, problem.y0, problem.args, in_lanes=lanes, in_blocks=lanes and on_one_cpu())
     stages = solver.tableau.stages + solver.extra_stages
     if program is None or stages * program.cost + state.number * stages**2 // 2 > MOST_ADDITIONS:
         return None
@@ -146,7 +147,7 @@ def _in_scalars(inputs: Inputs, integrator: Integrator) -> tuple[Inputs, Corresp
 
 def _chosen(in_arrays: Callable[..., Any], in_scalars: Callable[..., Any], run: Run, inputs: Inputs, *operands: Any) -> Any:
     """What both compute: in scalars on a given grid or in lanes, else in arrays."""
-    if inputs.problem.is_in_lanes or run.integrator.grid_steps(inputs.problem) is not None:
+    if inputs.problem.is_in_lanes or run.integrator.grid_steps is not None:
         return in_scalars(run, inputs, *operands)
     return in_lanes(in_arrays, in_scalars)(run, inputs, *operands)
 

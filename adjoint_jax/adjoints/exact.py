@@ -205,7 +205,7 @@ class _Sweep:
 
     def _per_slot(self, cotangent: PyTree[Any], one: Arrays) -> Arrays:
         """The cotangents of what was saved in every slot, with zeros behind them up to the trail's length."""
-        slots = self.way.integrator.slots(self.problem)
+        slots = self.way.integrator.slots
         padding = self.trail.slots - slots
         given = materialise(cotangent, tree.buffer(slots, one))
         return tree.map(lambda leaf: jnp.pad(leaf, [(0, padding), *[(0, 0)] * (leaf.ndim - 1)]), given)
@@ -228,8 +228,8 @@ class _Sweep:
             first = (chunks - 1 - reversed_index) * chunk
             slot = segment.begin + first
             steps = _KeptSteps(
-                tree.take_block(segment.times, first, chunk),
-                tree.take_block(segment.times, first + 1, chunk),
+                segment.ends.block(first, chunk),
+                segment.ends.block(first + 1, chunk),
                 tree.take_block(segment.kept, first, chunk),
             )
             valid = jnp.minimum(chunk, segment.steps - first) if chunk > 1 else jnp.ones((), jnp.int32)

@@ -118,7 +118,7 @@ def suitable_keep(inputs: Inputs, integrator: Integrator) -> AbstractKeep:
     problem, solver, interpolated = inputs.problem, integrator.solver, inputs.requests.interpolated
     if not isinstance(solver, ExplicitRungeKutta) or are_lanes(inputs):
         return KeepStates()
-    grid_steps, of_parameters = integrator.grid_steps(problem), tree.size_in_bytes(problem.parameters)
+    grid_steps, of_parameters = integrator.grid_steps, tree.size_in_bytes(problem.parameters)
     are_too_few = grid_steps is None and of_parameters < MANY_PARAMETERS
     if are_too_few or solver.is_long(problem, solver.stages_that_matter(interpolated=interpolated)):
         return KeepStates()

@@ -6,6 +6,7 @@ import jax
 
 from adjoint_jax import tree
 from adjoint_jax.adjoints.revolve import Repetitions
+from adjoint_jax.ends import AbstractEnds, GivenEnds, RecordedEnds
 from adjoint_jax.tree import Shapes
 
 
@@ -26,6 +27,11 @@ class Kept(NamedTuple):
         """The rows of a buffer."""
         number = next((leaf.shape[0] for leaf in jax.tree.leaves(buffer)), 0)
         return Kept(what, number, tree.size_in_bytes(buffer) // max(number, 1))
+
+    @staticmethod
+    def times(ends: AbstractEnds) -> "tuple[Kept, ...]":
+        """The ends of steps, if they are in memory."""
+        return (Kept.rows("times", ends),) if isinstance(ends, GivenEnds | RecordedEnds) else ()
 
 
 class Memory(NamedTuple):

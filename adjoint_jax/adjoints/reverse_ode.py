@@ -275,7 +275,7 @@ def reverse_integrator(way: Way, solver: AbstractSolver | None, controller: Abst
             "The continuous adjoints solve the reverse ODE without a mass matrix: with mass_matrix, use DiscreteAdjoint()."
         )
     forward, max_steps = way.integrator, way.integrator.max_steps
-    solver, steps = forward.method if solver is None else solver, forward.grid_steps(way.problem)
+    solver, steps = forward.method if solver is None else solver, forward.grid_steps
     if controller is None and steps is not None:
         controller, max_steps = ConstantStepSize(dt=jnp.abs(way.problem.t1 - way.problem.t0) / steps), steps + 1
     return Integrator(solver, forward.controller if controller is None else controller, None, max_steps)

@@ -16,8 +16,9 @@ from adjoint_jax.adjoints.keep import AbstractMemo, KeepStates
 from adjoint_jax.adjoints.memory import Kept, Memory
 from adjoint_jax.adjoints.trail import AbstractTrail, Carry, Segment, Walked, Way, standing_still
 from adjoint_jax.controllers.controller import positive
+from adjoint_jax.ends import AbstractEnds, EndsFrom, RecordedEnds
 from adjoint_jax.integrate import Integrator, chunk_length
-from adjoint_jax.lanes import max_lane, put, put_block
+from adjoint_jax.lanes import max_lane, put
 from adjoint_jax.problem import Interval, Problem, state_precision
 from adjoint_jax.recorders import AbstractRecorder, Layout, Place
 from adjoint_jax.solvers.reversible import AbstractReversibleSolver
@@ -38,7 +39,7 @@ class ReversibleAdjoint(AbstractExactAdjoint):
       at the end, the gradient is NaN and, with `throw=True`, an error is raised. By default the cube root of the state's
       machine epsilon: 6e-6 in float64, 5e-3 in float32. `jnp.inf` turns the guard off.
 
-    Memory: O(1) states; the times of the steps are recorded. Raises `TypeError` for a solver that has no inverse.
+    Memory: O(1) states; the times of adaptive steps are recorded. Raises `TypeError` for a solver that has no inverse.
     """
 
     max_drift: Any = None
@@ -54,18 +55,19 @@ class ReversibleAdjoint(AbstractExactAdjoint):
         return self.max_drift
 
     def recorders(self, integrator: Integrator, inputs: Inputs) -> list[AbstractRecorder]:
-        del inputs
+        problem = inputs.problem
         if not isinstance(integrator.solver, AbstractReversibleSolver):
             name = type(integrator.solver).__name__
             raise TypeError(f"ReversibleAdjoint needs a reversible solver, such as Reversible({name}()), got {name}().")
-        return [TimesRecorder()]
+        return [EndsRecorder(integrator.controller.grid(problem.t0, problem.t1))]
 
 
-class Times(AbstractTrail):
+class Ends(AbstractTrail):
     """The ends of all steps."""
 
-    times: Float[Array, " times"]
+    ends: AbstractEnds
     keep: AbstractMemo
+    most: int = eqx.field(static=True)
     length: int = eqx.field(static=True)
 
     @property
@@ -74,14 +76,14 @@ class Times(AbstractTrail):
 
     @property
     def slots(self) -> int:
-        return self.times.shape[0]
+        return self.most
 
     def memory(self, way: Way) -> Memory:
         states = Kept.rows("states of steps undone", tree.buffer(self.length, way.last))
-        return Memory.of(states, Kept.rows("times", self.times))
+        return Memory.of(states, *Kept.times(self.ends))
 
     def walk_back(self, way: Way, visit: Callable[[Segment, Carry], Carry], carry: Carry) -> Walked:
-        count, chunk, times = max_lane(way.report.slots), self.length, standing_still(way, jnp.int32(0), self.times)
+        count, chunk, ends = max_lane(way.report.slots), self.length, standing_still(way, self.ends)
         chunks = tree.blocks(count, chunk)
         empty = tree.buffer(chunk, way.last)
 
@@ -93,12 +95,12 @@ class Times(AbstractTrail):
             def undo(i: Array, undone: tuple[Arrays, Arrays]) -> tuple[Arrays, Arrays]:
                 state, states = undone
                 place = steps - 1 - i
-                interval = way.interval(tree.take(times, begin + place), tree.take(times, begin + place + 1))
+                interval = way.interval(ends.at(begin + place), ends.at(begin + place + 1))
                 state = self._before(way, interval, state)
                 return state, put(states, place, state)
 
             state, states = jax.lax.fori_loop(0, steps, undo, (state, empty))
-            return state, visit(Segment(begin, steps, tree.take_block(times, begin, chunk + 1), states), carry)
+            return state, visit(Segment(begin, steps, EndsFrom(ends, begin), states), carry)
 
         first, carry = jax.lax.fori_loop(0, chunks, undo_chunk, (way.last, carry))
         output, y0 = way.integrator.solver.output, way.problem.y0
@@ -111,16 +113,20 @@ class Times(AbstractTrail):
         return tree.where(interval.start != interval.end, solver.inverse(way.problem, interval, state), state)
 
 
-class TimesRecorder(AbstractRecorder):
-    """Records `Times`."""
+class EndsRecorder(AbstractRecorder):
+    """Records `Ends`, but for those of a given grid."""
 
-    def start(self, problem: Problem, layout: Layout, mark: Any) -> Times:
+    grid: AbstractEnds | None
+
+    def start(self, problem: Problem, layout: Layout, mark: Any) -> Ends:
         del mark
         chunk = chunk_length(problem.y0)
-        return Times(times=jnp.full(layout.slots + chunk + 1, problem.t0), keep=KeepStates(), length=chunk)
+        slots = layout.slots + chunk + 1
+        ends = RecordedEnds(jnp.full(slots, problem.t0)) if self.grid is None else self.grid
+        return Ends(ends=ends, keep=KeepStates(), most=slots, length=chunk)
 
     def note(self, step: Step, accepted: Bool[Array, ""]) -> Scalar:
         return step.reached(accepted)
 
-    def write(self, record: Times, place: Place, notes: Float[Array, " steps"]) -> Times:
-        return dataclasses.replace(record, times=put_block(record.times, place.slot + 1, notes))
+    def write(self, record: Ends, place: Place, notes: Float[Array, " steps"]) -> Ends:
+        return dataclasses.replace(record, ends=record.ends.recorded(place.slot + 1, notes))

@@ -17,7 +17,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Int
 
 from adjoint_jax import tree
 from adjoint_jax.adjoints.adjoint import Inputs
@@ -25,6 +25,7 @@ from adjoint_jax.adjoints.keep import AbstractMemo
 from adjoint_jax.adjoints.memory import Kept, Memory
 from adjoint_jax.adjoints.revolve import division, places, repetitions, reversible_segments
 from adjoint_jax.adjoints.trail import AbstractTrail, Carry, Segment, Walked, Way, standing_still
+from adjoint_jax.ends import AbstractEnds, EndsFrom, RecordedEnds
 from adjoint_jax.integrate import Integrator, Mark, Recording, Stretch, chunk_length, round_up
 from adjoint_jax.lanes import max_lane, put, put_block
 from adjoint_jax.problem import Problem
@@ -46,7 +47,7 @@ class Tape(AbstractTrail):
     Checkpoints stand at the starts of the segments that `places` tells: on a given grid where they are best, else at those
     of every `stride`th."""
 
-    times: Float[Array, " times"]
+    ends: AbstractEnds
     recent: Any
     checkpoints: Mark
     stride: Any
@@ -63,10 +64,10 @@ class Tape(AbstractTrail):
 
     def memory(self, way: Way) -> Memory:
         del way
-        kept = Kept.rows(self.keep.what, self.recent), Kept.rows("checkpoints", self.checkpoints)
+        kept = Kept.rows(self.keep.what, self.recent), Kept.rows("checkpoints", self.checkpoints), *Kept.times(self.ends)
         layout = self.layout
         again = repetitions(layout.checkpoints, layout.segments, known=layout.places is not None)
-        return Memory((*kept, Kept.rows("times", self.times)), layout.segment, layout.segments, again)
+        return Memory(kept, layout.segment, layout.segments, again)
 
     @property
     def places(self) -> Int[Array, " checkpoints"]:
@@ -86,22 +87,20 @@ class Tape(AbstractTrail):
         def visit_last(going: _Going) -> _Going:
             turn = way.problem.decide(_Turn.of, going.left, segments, count, segment)
             mark, stack = self._first_mark(way, turn, going.stack)
-            tape = self._with(going.recent, going.times)._again(way, turn.begin, turn.again, mark)
+            tape = self._with(going.recent, going.ends)._again(way, turn.begin, turn.again, mark)
             of_segment = tape._segment(way, turn.begin, turn.steps)
-            return _Going(turn.segment, stack, tape.recent, tape.times, visit(of_segment, going.carry))
+            return _Going(turn.segment, stack, tape.recent, tape.ends, visit(of_segment, going.carry))
 
-        going = _Going(segments, _Stack.of(self, segments), self.recent, self.times, carry)
+        going = _Going(segments, _Stack.of(self, segments), self.recent, self.ends, carry)
         return Walked(jax.lax.while_loop(lambda going: going.left > 0, visit_last, going).carry, None)
 
     def _segment(self, way: Way, begin: Int[Array, ""], steps: Int[Array, ""]) -> Segment:
         """The recorded segment, of so many steps."""
-        times = self.times
-        if self.layout.timed:
-            times = tree.take_block(times, begin, round_up(self.layout.segment, self.layout.chunk) + 1)
-        return Segment(begin, steps, standing_still(way, begin, times), self.recent)
+        ends = standing_still(way, self.ends)
+        return Segment(begin, steps, EndsFrom(ends, begin) if self.layout.timed else ends, self.recent)
 
-    def _with(self, recent: Any, times: Float[Array, " times"]) -> "Tape":
-        return dataclasses.replace(self, recent=recent, times=times)
+    def _with(self, recent: Any, ends: AbstractEnds) -> "Tape":
+        return dataclasses.replace(self, recent=recent, ends=ends)
 
     def _again(self, way: Way, begin: Int[Array, ""], steps: Int[Array, ""], mark: Mark) -> "Tape":
         """The tape with other steps, taken again from a mark."""
@@ -110,8 +109,8 @@ class Tape(AbstractTrail):
         return way.integrator.again(way.problem, mark, stretch, self._grid, Recording(recorder, self))[1]
 
     @property
-    def _grid(self) -> Float[Array, " times"] | None:
-        return self.times if self.layout.timed else None
+    def _grid(self) -> AbstractEnds | None:
+        return self.ends if self.layout.timed else None
 
     def _first_mark(self, way: Way, turn: "_Turn", stack: "_Stack") -> tuple[Mark, "_Stack"]:
         """The mark at the start of a segment, or any if the segment's steps are known; and the checkpoints without that
@@ -186,7 +185,7 @@ class _Going(NamedTuple):
     left: Int[Array, ""]
     stack: _Stack
     recent: Any
-    times: Float[Array, " times"]
+    ends: AbstractEnds
     carry: Any
 
 
@@ -256,19 +255,20 @@ class StepRecorder(AbstractRecorder):
         record = dataclasses.replace(record, recent=put_block(record.recent, position, notes.kept))
         if record.layout.timed:
             return record
-        start = jnp.where(position == 0, place.segment_start, record.times[0])
-        times = put_block(put(record.times, jnp.int32(0), start), position + 1, notes.end)
-        return dataclasses.replace(record, times=times)
+        zero = jnp.zeros((), jnp.int32)
+        start = jnp.where(position == 0, place.segment_start, record.ends.at(zero))
+        ends = record.ends.recorded(zero, start[None]).recorded(position + 1, notes.end)
+        return dataclasses.replace(record, ends=ends)
 
 
 class TapeRecorder(StepRecorder):
     """Records a `Tape` with segments of at least `length` steps and at most so many checkpoints, if the user says how many.
-    `grid`: the times, where they are given."""
+    `grid`: the ends of all steps, where they are given."""
 
     length: int = eqx.field(static=True)
     checkpoints: int | None = eqx.field(static=True)
     slots: int = eqx.field(static=True)
-    grid: Float[Array, " times"] | None
+    grid: AbstractEnds | None
 
     @property
     def interpolates(self) -> bool:
@@ -294,7 +294,7 @@ class TapeRecorder(StepRecorder):
         mark = sizes.marked(mark)
         length = (segments - 1) * segment * timed + round_up(segment, chunk) + 1
         return Tape(
-            times=self._times(problem, length),
+            ends=RecordedEnds(jnp.full(length, problem.t0)) if self.grid is None else self.grid,
             recent=tree.buffer(round_up(segment, chunk), kept),
             checkpoints=tree.map(lambda leaf: jnp.broadcast_to(leaf, (checkpoints, *leaf.shape)), mark),
             stride=jnp.ones((), jnp.int32),
@@ -302,16 +302,11 @@ class TapeRecorder(StepRecorder):
             layout=sizes,
         )
 
-    def _times(self, problem: Problem, length: int) -> Float[Array, " times"]:
-        if self.grid is None:
-            return jnp.full(length, problem.t0)
-        return jnp.concatenate([self.grid, jnp.full(length - self.grid.shape[0], self.grid[-1])])
-
     def write(self, record: Tape, place: Place, notes: TapeNote) -> Tape:
         record = super().write(record, place, notes)
-        if self.grid is not None or not record.layout.timed:
+        if not record.layout.timed:
             return record
-        return dataclasses.replace(record, times=put_block(record.times, place.slot + 1, notes.end))
+        return dataclasses.replace(record, ends=record.ends.recorded(place.slot + 1, notes.end))
 
     def flush(self, record: Tape, place: Place, now: Scalar) -> Tape:
         del now
@@ -356,7 +351,7 @@ def tape_recorder(
     bytes up to which all steps of a given grid are one segment."""
     (problem, requests), solver = inputs, integrator.solver
     kept_bytes = max(1, keep.bytes_of_step(problem, solver, interpolated=requests.interpolated))
-    slots, grid = integrator.slots(problem), integrator.controller.grid(problem.t0, problem.t1)
+    slots, grid = integrator.slots, integrator.controller.grid(problem.t0, problem.t1)
     length = math.isqrt(slots)
     if grid is None:
         length = max(length, LANE_SEGMENT_BYTES // kept_bytes)

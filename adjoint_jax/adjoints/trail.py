@@ -5,11 +5,13 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from adjoint_jax.adjoints.keep import AbstractMemo
 from adjoint_jax.adjoints.memory import Memory
+from adjoint_jax.ends import AbstractEnds, EndsReached
 from adjoint_jax.integrate import Integrator, Report
 from adjoint_jax.problem import Interval, Problem
 from adjoint_jax.tree import Arrays, Scalar
@@ -19,12 +21,17 @@ Carry = TypeVar("Carry")
 
 class Segment(NamedTuple):
     """Some consecutive steps: the slot of the first, how many there are; the times of their ends, from the start of the
-    first on, and what is kept of each of them, in buffers that are longer than that by up to a chunk."""
+    first on; and what is kept of each of them, in buffers that are longer than that by up to a chunk."""
 
     begin: Int[Array, ""]
     steps: Int[Array, ""]
-    times: Float[Array, " times"]
+    ends: AbstractEnds
     kept: Any
+
+    @property
+    def times(self) -> Float[Array, " times"]:
+        """The ends of as many steps as the buffers hold."""
+        return self.ends.block(jnp.zeros((), jnp.int32), len(jax.tree.leaves(self.kept)[0]) + 1)
 
 
 class Way(NamedTuple):
@@ -73,9 +80,8 @@ class AbstractTrail(eqx.Module):
         """Visit all steps in segments, from the last segment to the first."""
 
 
-def standing_still(way: Way, begin: Int[Array, ""], times: Float[Array, " times"]) -> Float[Array, " times"]:
-    """The ends of steps from slot `begin` on. Where a given grid goes on behind a failure, steps have no length there."""
-    if way.integrator.grid_steps(way.problem) is None:
-        return times
-    taken = begin + jnp.arange(times.shape[0]) <= way.report.stats.accepted
-    return jnp.where(taken, times, way.report.reached)
+def standing_still(way: Way, ends: AbstractEnds) -> AbstractEnds:
+    """The ends of all steps. Where a given grid goes on behind a failure, steps have no length there."""
+    if way.integrator.grid_steps is None:
+        return ends
+    return EndsReached(ends, way.report.stats.accepted, way.report.reached)

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Bool, DTypeLike, Float, PyTree
 
 from adjoint_jax import tree
+from adjoint_jax.ends import AbstractEnds
 from adjoint_jax.problem import Interval, Problem
 from adjoint_jax.solvers.solver import AbstractSolver, Step
 from adjoint_jax.tolerance import Tolerance
@@ -63,8 +64,13 @@ class AbstractController(eqx.Module):
         """The tolerance of the error estimate, which methods that iterate follow; None without one."""
         return None
 
-    def grid(self, t0: Scalar, t1: Scalar) -> Float[Array, " times"] | None:
-        """All times of the grid from t0 to t1, or None if the steps depend on the solution."""
+    @property
+    def grid_steps(self) -> int | None:
+        """The number of steps of the grid, or None if they depend on the solution."""
+        return None
+
+    def grid(self, t0: Scalar, t1: Scalar) -> AbstractEnds | None:
+        """The ends of all steps from t0 to t1, or None if they depend on the solution."""
         del t0, t1
         return None
 
@@ -80,9 +86,14 @@ class AbstractController(eqx.Module):
 class AbstractGrid(AbstractController):
     """A controller whose grid is known before the solution is."""
 
+    @property
     @abc.abstractmethod
-    def grid(self, t0: Scalar, t1: Scalar) -> Float[Array, " times"]:
-        """All times of the grid, the first t0 and the last t1."""
+    def grid_steps(self) -> int:
+        """The number of steps."""
+
+    @abc.abstractmethod
+    def grid(self, t0: Scalar, t1: Scalar) -> AbstractEnds:
+        """The ends of all steps, the first t0 and the last t1."""
 
 
 class AbstractStepSize(AbstractController):

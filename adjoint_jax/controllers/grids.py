@@ -6,10 +6,11 @@ from typing import Any
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, DTypeLike, Float
+from jaxtyping import DTypeLike
 
 from adjoint_jax import tree
 from adjoint_jax.controllers.controller import AbstractGrid
+from adjoint_jax.ends import EvenEnds, GivenEnds
 from adjoint_jax.tree import Scalar
 
 
@@ -30,8 +31,12 @@ class FixedSteps(AbstractGrid):
         del dtype
         return self
 
-    def grid(self, t0: Scalar, t1: Scalar) -> Float[Array, " times"]:
-        return jnp.append(t0 + (t1 - t0) * (jnp.arange(self.n) / self.n).astype(t0.dtype), t1)
+    @property
+    def grid_steps(self) -> int:
+        return self.n
+
+    def grid(self, t0: Scalar, t1: Scalar) -> EvenEnds:
+        return EvenEnds(t0, t1, self.n)
 
 
 class StepTo(AbstractGrid):
@@ -55,5 +60,9 @@ class StepTo(AbstractGrid):
     def given_times(self) -> Any:
         return self.ts
 
-    def grid(self, t0: Scalar, t1: Scalar) -> Float[Array, " times"]:
-        return jnp.asarray(self.ts).at[0].set(t0).at[-1].set(t1)
+    @property
+    def grid_steps(self) -> int:
+        return np.size(self.ts) - 1
+
+    def grid(self, t0: Scalar, t1: Scalar) -> GivenEnds:
+        return GivenEnds(jnp.asarray(self.ts).at[0].set(t0).at[-1].set(t1))

@@ -90,7 +90,7 @@ class _PlanningAdjoint(AbstractAdjoint):
         outcome = integrator(inputs.problem, [*wanted, *self.adjoint.recorders(integrator, inputs)], run.valid)
         way = Way(inputs.problem, integrator, outcome.report, outcome.state)
         memory = self.adjoint.memory(way, outcome.records[len(wanted) :])
-        self.note(MemoryPlan(type(self.adjoint).__name__, integrator.slots(inputs.problem), memory))
+        self.note(MemoryPlan(type(self.adjoint).__name__, integrator.slots, memory))
         return saved(inputs, integrator, outcome), outcome.report
 
 
