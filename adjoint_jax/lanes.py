@@ -136,7 +136,11 @@ def _put_tangents(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[
 
 
 def _updated(rows: list[Any], index: Array, block: list[Any]) -> list[Any]:
-    return [jax.lax.dynamic_update_slice_in_dim(leaf, part, index, 0) for leaf, part in zip(rows, block, strict=True)]
+    return [_put_slice(leaf, part, index, 0) for leaf, part in zip(rows, block, strict=True)]
+
+
+def _put_slice(rows: Any, block: Any, index: Array, axis: int) -> Array:
+    return jax.lax.dynamic_update_slice_in_dim(rows, block, index, axis, allow_negative_indices=False)
 
 
 _put_in_lanes = jax.custom_batching.custom_vmap(_updated)
@@ -153,9 +157,9 @@ def _slices_put(
 
     def put_leaf(leaf: Any, part: Any, leaf_batched: bool, part_batched: bool) -> Any:
         if not (leaf_batched or part_batched):
-            return jax.lax.dynamic_update_slice_in_dim(leaf, part, index, 0)
+            return _put_slice(leaf, part, index, 0)
         leaf, part = (_with_own_value(axis_size, *given)[0] for given in ((leaf, leaf_batched), (part, part_batched)))
-        return jax.lax.dynamic_update_slice_in_dim(leaf, part, index, 1)
+        return _put_slice(leaf, part, index, 1)
 
     batched = [of_leaf or of_part for of_leaf, of_part in zip(rows_batched, block_batched, strict=True)]
     return [put_leaf(*given) for given in zip(rows, block, rows_batched, block_batched, strict=True)], batched

@@ -33,7 +33,12 @@ def scale(factor: ArrayLike, tree: Arrays) -> Arrays:
 
 def where(predicate: Bool[Array, ""], yes: Arrays, no: Arrays) -> Arrays:
     """Leafwise selection."""
-    return map(lambda a, b: jnp.where(predicate, a, b), yes, no)
+
+    def select(a: ArrayLike, b: ArrayLike) -> Array:
+        is_plain = jnp.shape(a) == jnp.shape(b) and jnp.result_type(a) == jnp.result_type(b) and jnp.ndim(predicate) == 0
+        return jax.lax.select(predicate, a, b) if is_plain else jnp.where(predicate, a, b)
+
+    return map(select, yes, no)
 
 
 def weighted_sum(weights: Sequence[float], trees: Sequence[Arrays]) -> Arrays:
@@ -79,14 +84,12 @@ def buffer(length: int, like: Shapes, fill: float = 0.0) -> Arrays:
 
 def take_block(rows: Arrays, index: Int[Array, ""], length: int) -> Arrays:
     """`rows[index : index + length]`, the index clamped so that the block lies inside."""
-    return map(lambda many: jax.lax.dynamic_slice_in_dim(many, index, length, 0), rows)
+    return map(lambda many: jax.lax.dynamic_slice_in_dim(many, index, length, 0, allow_negative_indices=False), rows)
 
 
 def take(rows: Arrays, index: Int[Array, ""]) -> Arrays:
     """`rows[index]`, the index clamped to the buffer."""
-    return map(
-        lambda many: jax.lax.dynamic_index_in_dim(many, index, 0, keepdims=False, allow_negative_indices=False), rows
-    )
+    return map(lambda block: jax.lax.squeeze(block, (0,)), take_block(rows, index, 1))
 
 
 def take_rows(rows: Arrays, indices: Int[Array, " n"]) -> Arrays:
