@@ -114,6 +114,7 @@ def linearised(name):
 def test_all_that_a_pullback_keeps_follows_from_its_residuals(name):
     linear, leaves = linearised(name)
     for got, expected in zip(linear.leaves(linear.residuals(leaves)), leaves, strict=True):
+        assert isinstance(got, jax.Array)
         np.testing.assert_array_equal(got, expected)
 
 

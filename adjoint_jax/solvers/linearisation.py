@@ -8,6 +8,7 @@ import jax.core
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from adjoint_jax import tree
 from adjoint_jax.derivation import Derivation
 from adjoint_jax.halves import Halves
 from adjoint_jax.hoisting import OWN_PULLBACKS, computed, contains, inlined, is_computed, results_of, varying_results
@@ -35,7 +36,7 @@ class Linearisation:
         program = self._closed.jaxpr
         self.varies = varying_results(program, [i < coordinates for i in range(len(program.invars))])
         """Which of all that it keeps depends on where it was taken."""
-        self.anywhere = jax.core.eval_jaxpr(program, self._closed.consts, *jax.tree.leaves(given))
+        self.anywhere = tree.as_jax(jax.core.eval_jaxpr(program, self._closed.consts, *jax.tree.leaves(given)))
         """All that it keeps at t0."""
         results = zip(program.outvars, self.varies, strict=True)
         fixed = [*program.constvars, *program.invars[coordinates:], *(v for v, varies in results if not varies)]
@@ -52,7 +53,7 @@ class Linearisation:
         pairs = zip(program.outvars, self.anywhere, self.varies, strict=True)
         known |= {v: leaf for v, leaf, varies in pairs if not varies and is_computed(v)}
         known |= {program.outvars[i]: value for i, value in zip(self._derivation.kept, residuals, strict=True)}
-        return results_of(self._derivation.equations, known, program.outvars, computed)
+        return tree.as_jax(results_of(self._derivation.equations, known, program.outvars, computed))
 
     def pullback(self, leaves: Sequence[Array]) -> Pullback:
         """The pullback that keeps this."""
