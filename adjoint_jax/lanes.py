@@ -174,7 +174,8 @@ def on_one_cpu() -> bool:
 
 
 def differ_between_devices(values: PyTree[Any]) -> bool:
-    """Whether `jax.shard_map` follows which values differ between devices, and says so of any of these."""
+    """Whether `jax.shard_map` follows which values differ between devices, and says so of any of these: in their types, as
+    `vma` or, in newer versions of JAX, as `mat.varying`."""
     types = [jax.typeof(leaf) for leaf in jax.tree.leaves(values) if is_traced(leaf)]
     return any(getattr(of, "vma", None) or getattr(getattr(of, "mat", None), "varying", None) for of in types)
 

@@ -133,6 +133,11 @@ class Problem(eqx.Module):
         return isinstance(self.vector_field, ScalarProgram) and self.vector_field.in_lanes
 
     @property
+    def is_in_blocks(self) -> bool:
+        """Whether these lanes are to be computed block by block."""
+        return isinstance(self.vector_field, ScalarProgram) and self.vector_field.in_blocks
+
+    @property
     def multiplies_matrices(self) -> bool:
         """Whether the vector field does, or convolves."""
         field = self.vector_field
@@ -168,7 +173,7 @@ class Problem(eqx.Module):
         something is saved within steps: then lanes hold so much of each that they are best computed in blocks."""
         if not self.is_small:
             return function(*operands)
-        if not (isinstance(self.vector_field, ScalarProgram) and self.vector_field.in_blocks and interpolated):
+        if not (self.is_in_blocks and interpolated):
             return in_one_kernel(function, *operands)
         return in_blocks(functools.partial(in_one_kernel, function), *operands)
 

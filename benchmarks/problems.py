@@ -51,7 +51,7 @@ class Problem:
 
     The loss is the mean square of what is saved, or its sum with `weights`, its gradient that with respect to the
     parameters. With `lanes`, so many solves from the same y0, whose parameters have a leading axis; every lane has its own
-    loss, step sizes and gradient. With `devices`, these have so many lanes each.
+    loss, step sizes and gradient. With more `devices` than one, each has its share of them.
 
     - `reference`: the name of its stored reference; problems that differ in the number of steps or of lanes share one.
     - `steps`: the number of steps of a fixed grid; none for adaptive steps.
