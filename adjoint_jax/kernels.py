@@ -11,20 +11,23 @@ looked through first, and where it is lowered, the one place that knows the plat
 whether it is marked: that takes a primitive. `jax.extend.core` and `jax.interpreters` are used here alone.
 """
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
+from itertools import compress
 from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.core
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental.xla_metadata import set_xla_metadata
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array
 
 from adjoint_jax import tree
-from adjoint_jax.hoisting import operations, programs_of
+from adjoint_jax.hoisting import contains, operations, programs_of
 from adjoint_jax.lanes import on_one_cpu
 
 _ALONE = {"inlineable": "false"}
@@ -62,6 +65,7 @@ _CONTROL = """
     adjoint_jax_stored closed_call cond custom_jvp_call custom_vjp_call custom_vmap_call jit
     pjit scan while
 """
+_LOOPS = frozenset(("scan", "while"))
 _OF_ANY_SIZE = frozenset((*_PARTS.split(), *_CONTROL.split()))
 _ALLOWED = frozenset((*_ARITHMETIC.split(), *_SHAPES.split(), *_OF_ANY_SIZE))
 
@@ -83,7 +87,8 @@ def in_one_kernel(function: Callable[..., Any], *operands: Any) -> Any:
     """`function(*operands)`, on a single CPU as one kernel, if it is a program of small arrays that can be one. Lanes of a
     `vmap` are one kernel together, if they are few.
 
-    Forward-mode derivatives and programs on several devices are compiled in the usual way."""
+    Forward-mode derivatives of a program with loops are another kernel; those of others and programs on several devices are
+    compiled in the usual way."""
     traced = _Traced.of(function, operands)
     if not _suits(traced.program.jaxpr, MOST_ENTRIES):
         return traced.results(traced.program(*traced.inputs))
@@ -107,7 +112,10 @@ def _blockwise(program: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
 
     @of_lanes.def_vmap
     def rule(axis_size: int, in_batched: list[bool], *inputs: Any) -> tuple[list[Any], list[bool]]:
-        results = _Lanes(axis_size, tuple(in_batched)).in_blocks(program, inputs)
+        """Lanes of lanes are in blocks, too, of which a block has all: `jax.jacrev` within a `vmap` reads, in lanes of
+        cotangents within those of the `vmap`, what these alone have recorded."""
+        lanes = _Lanes(axis_size, tuple(in_batched))
+        results = lanes.in_blocks(_blockwise(lanes.of(program)), inputs)
         return results, [True] * len(results)
 
     @jax.custom_jvp
@@ -213,7 +221,7 @@ def _can_be_a_kernel(jaxpr: Any, limit: int | None, in_loops: int) -> bool:
     """Whether all its operations can be part of a kernel, and their results are within the limit, or that in loops."""
     for equation in jaxpr.eqns:
         name = equation.primitive.name
-        if name not in _ALLOWED and not _stays_where_it_is(equation):
+        if name not in _ALLOWED and not (_stays_where_it_is(equation) or _writes_one_part(equation)):
             return False
         if name.startswith("reduce_") and equation.invars[0].aval.size > MOST_SUMMED and _is_of_floats(equation):
             return False
@@ -231,8 +239,13 @@ def _stays_where_it_is(equation: Any) -> bool:
     return equation.primitive.name == "device_put" and all(device is None for device in equation.params["devices"])
 
 
+def _writes_one_part(equation: Any) -> bool:
+    """Whether it is a slice update, as it is written in lanes."""
+    return equation.primitive.name == "scatter" and math.prod(equation.invars[1].aval.shape[:-1]) == 1
+
+
 def _is_of_floats(equation: Any) -> bool:
-    return jnp.issubdtype(equation.invars[0].aval.dtype, jnp.inexact)
+    return _is_inexact(equation.invars[0].aval)
 
 
 class _Lanes(NamedTuple):
@@ -245,11 +258,17 @@ class _Lanes(NamedTuple):
         """The program for any number of lanes."""
         return jax.vmap(program, tuple(0 if differs else None for differs in self.differ))
 
+    def operands_of_one(self, operands: Sequence[Any]) -> list[jax.ShapeDtypeStruct]:
+        """Their shapes and dtypes in one lane."""
+        pairs = zip(operands, self.differ, strict=True)
+        return [jax.ShapeDtypeStruct(operand.shape[differs:], operand.dtype) for operand, differs in pairs]
+
     def in_blocks(self, program: Callable[..., list[Any]], operands: Sequence[Any]) -> list[Any]:
-        """The program for all lanes, in blocks of equal size, the last one filled up with copies of the last lane."""
+        """A program for any number of lanes, for all of these, in blocks of equal size, the last one filled up with copies
+        of the last lane."""
         blocks = -(-self.number // LANES_TOGETHER)
         if blocks <= 1:
-            return self.of(program)(*operands)
+            return program(*operands)
         size = -(-self.number // blocks)
 
         def cut(operand: Any) -> Array:
@@ -258,9 +277,7 @@ class _Lanes(NamedTuple):
             return jnp.concatenate([operand, last]).reshape(blocks, size, *operand.shape[1:])
 
         def block(own: list[Any]) -> list[Any]:
-            left = iter(own)
-            pairs = zip(operands, self.differ, strict=True)
-            return self.of(program)(*(next(left) if differs else operand for operand, differs in pairs))
+            return program(*_replaced(operands, self.differ, own))
 
         results = jax.lax.map(block, [cut(o) for o, differs in zip(operands, self.differ, strict=True) if differs])
         return [result.reshape(-1, *result.shape[2:])[: self.number] for result in results]
@@ -312,15 +329,64 @@ def _kernel(*operands: Any, program: _Program, lanes: _Lanes | None) -> list[Any
 def _derivative(
     primals: Sequence[Any], tangents: Sequence[Any], *, program: _Program, lanes: _Lanes | None
 ) -> tuple[list[Any], list[Any]]:
-    is_moving = [not isinstance(tangent, ad.Zero) for tangent in tangents]
+    """Where tangents pass through loops, by programs of their own: what lanes differ in may be tangents alone, as in
+    `jax.jacfwd`, and values may be wanted before tangents are known, as in `jax.linearize`. What they need of the values
+    they compute again, which takes less time than all operations that are not parts of a kernel."""
+    moves = [not isinstance(tangent, ad.Zero) for tangent in tangents]
+    along = list(compress(tangents, moves))
+    of_tangents = _TangentProgram.of(program, lanes, moves, primals)
+    if of_tangents is None:
+        return _derivative_in_the_usual_way(primals, along, moves, program, lanes)
+    results = _kernel_p.bind(*primals, program=program, lanes=lanes)
+    dots = iter(_kernel_p.bind(*primals, *along, program=of_tangents.program, lanes=of_tangents.lanes))
+    return results, [next(dots) if _is_inexact(r) else np.zeros(r.shape, jax.dtypes.float0) for r in results]
 
+
+def _derivative_in_the_usual_way(
+    primals: Sequence[Any], along: Sequence[Any], moves: Sequence[bool], program: _Program, lanes: _Lanes | None
+) -> tuple[list[Any], list[Any]]:
     def moved(*moving: Any) -> list[Any]:
-        left = iter(moving)
-        operands = (next(left) if moves else primal for primal, moves in zip(primals, is_moving, strict=True))
-        return _evaluated(*operands, program=program, lanes=lanes)
+        return _evaluated(*_replaced(primals, moves, moving), program=program, lanes=lanes)
 
-    moving, along = ([v for v, moves in zip(values, is_moving, strict=True) if moves] for values in (primals, tangents))
-    return jax.jvp(moved, moving, along)
+    return jax.jvp(moved, list(compress(primals, moves)), along)
+
+
+class _TangentProgram(NamedTuple):
+    """The program that computes the tangents of another's inexact results, from its operands and the tangents of those that
+    move; and its lanes."""
+
+    program: _Program
+    lanes: _Lanes | None
+
+    @staticmethod
+    def of(
+        program: _Program, lanes: _Lanes | None, moves: Sequence[bool], primals: Sequence[Any]
+    ) -> "_TangentProgram | None":
+        """None where it would not be a kernel."""
+        if not stores() or not contains(program.jaxpr, _LOOPS) or (lanes is not None and lanes.number > MOST_LANES):
+            return None
+
+        def dots(primals: Sequence[Any], along: Sequence[Any]) -> list[Any]:
+            def moved(*moving: Any) -> list[Any]:
+                return list(filter(_is_inexact, program(*_replaced(primals, moves, moving))))
+
+            return jax.jvp(moved, list(compress(primals, moves)), along)[1]
+
+        of_one = list(primals) if lanes is None else lanes.operands_of_one(primals)
+        closed = jax.make_jaxpr(dots)(of_one, list(compress(of_one, moves)))
+        if not _suits(closed.jaxpr, MOST_ENTRIES):
+            return None
+        together = lanes and lanes._replace(differ=(*lanes.differ, *compress(lanes.differ, moves)))
+        return _TangentProgram(_Program(closed.jaxpr, closed.consts), together)
+
+
+def _replaced(values: Sequence[Any], are_replaced: Sequence[bool], others: Iterable[Any]) -> list[Any]:
+    left = iter(others)
+    return [next(left) if is_replaced else value for value, is_replaced in zip(values, are_replaced, strict=True)]
+
+
+def _is_inexact(value: Any) -> bool:
+    return jnp.issubdtype(value.dtype, jnp.inexact)
 
 
 def _takes_attributes(context: Any) -> bool:
@@ -350,8 +416,7 @@ def _kernel_in_lanes(
 ) -> tuple[list[Any], list[int]]:
     operands, seen = _Lanes.seen(operands, axes)
     if lanes is not None:
-        shapes = (jax.ShapeDtypeStruct(o.shape[d:], o.dtype) for o, d in zip(operands, seen.differ, strict=True))
-        closed = jax.make_jaxpr(lanes.of(program))(*shapes)
+        closed = jax.make_jaxpr(lanes.of(program))(*seen.operands_of_one(operands))
         program = _Program(closed.jaxpr, closed.consts)
     results = _kernel_p.bind(*operands, program=program, lanes=seen)
     return results, [0] * len(results)

@@ -88,18 +88,42 @@ def test_kernels_within_other_programs(function, monkeypatch):
     agree(ours, jit(function)(X))
 
 
-def test_lanes_and_derivatives_are_compiled_in_the_usual_way():
+def test_lanes_are_a_kernel_together_and_tangents_another():
     xs = X * jnp.arange(1.0, 4.0)[:, None]
-    lanes = jax.vmap(in_kernel, (0, None))
-    agree(jit(lanes)(xs, W), jax.vmap(plain, (0, None))(xs, W))
-    assert marked(lanes, xs, W) == 0
+    moved = jnp.cos(W)
 
     def along(function):
-        return lambda x, w: jax.jvp(lambda w: function(x, w), (w,), (x,))
+        return lambda x, w: jax.jvp(lambda w: function(x, w), (w,), (moved,))
 
-    agree(jit(along(in_kernel))(X, W), along(plain)(X, W))
-    agree(jit(jax.jacfwd(in_kernel, argnums=1))(X, W), jax.jacfwd(plain, argnums=1)(X, W))
-    agree(jax.linearize(lambda w: in_kernel(X, w)[0], W)[1](X), jax.linearize(lambda w: plain(X, w)[0], W)[1](X))
+    def in_lanes(function):
+        return jax.vmap(function, (0, None))
+
+    def both(function):
+        return lambda xs, w: jax.jvp(in_lanes(function), (xs, w), (xs, moved))
+
+    for transform, operands, kernels in (
+        (in_lanes, (xs, W), 1),
+        (along, (X, W), 2),
+        (lambda function: jax.jacfwd(function, argnums=1), (X, W), 1),
+        (lambda function: in_lanes(along(function)), (xs, W), 2),
+        (both, (xs, W), 2),
+        (lambda function: lambda x, w: jax.linearize(lambda w: function(x, w)[0], w)[1](moved), (X, W), 1),
+    ):
+        assert marked(transform(in_kernel), *operands) == kernels
+        agree(jit(transform(in_kernel))(*operands), transform(plain)(*operands))
+
+
+def test_values_that_are_no_numbers_have_tangents_of_none():
+    def counted(x):
+        count, total = in_one_kernel(lambda x: jax.lax.fori_loop(0, 3, lambda i, c: (c[0] + i, c[1] * x), (0, x)), x)
+        return total * count
+
+    agree(jax.jit(lambda x: jax.jvp(counted, (x,), (jnp.ones(5),)))(X), (3 * X**4, 12 * X**3))
+
+
+def test_tangents_without_loops_are_compiled_in_the_usual_way():
+    """As part of what they are in: a kernel by itself would only keep XLA from joining them with it."""
+    assert marked(lambda x: jax.jvp(lambda x: in_one_kernel(lambda x: jnp.sin(x) * x, x), (x,), (x,)), X) == 0
 
 
 @pytest.mark.parametrize(("store", "alone"), [(stored_in_lanes, 0), (stored, 1)])
@@ -184,6 +208,24 @@ def test_small_solves_and_their_gradients_are_kernels(adjoint):
     gradient = functools.partial(jax.grad(loss), adjoint=adjoint)
     assert marked(functools.partial(loss, adjoint=adjoint), RATES, kernel=True) == 1
     assert marked(gradient, RATES, kernel=True) == 2
+
+
+def along(function, rates):
+    return jax.jvp(function, (rates,), (jax.tree.map(jnp.cos, rates),))
+
+
+@pytest.mark.parametrize(
+    ("derivative", "kernels"),
+    [
+        (jax.jacfwd(functools.partial(loss, adjoint=aj.ForwardMode())), 1),
+        (functools.partial(along, functools.partial(loss, adjoint=aj.ForwardMode())), 2),
+        (functools.partial(along, jax.grad(functools.partial(loss, adjoint=aj.DiscreteAdjoint()))), 4),
+    ],
+    ids=["jacfwd", "jvp", "Hessian-vector product"],
+)
+def test_derivatives_in_forward_mode_are_kernels(derivative, kernels):
+    """Those of values and of tangents, of the solve and of the way back."""
+    assert marked(derivative, RATES, kernel=True) == kernels
 
 
 def test_in_a_training_loop_a_solve_gives_what_it_gives_alone():

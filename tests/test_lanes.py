@@ -1,5 +1,7 @@
 """What is known of lanes while a program is traced."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -164,3 +166,30 @@ def test_solve_and_gradient_agree_on_blocks_whatever_is_saved(what, monkeypatch)
     expected = jax.jit(lambda lanes: jax.lax.map(jax.grad(loss), lanes))(lanes)
     for name in lanes:
         np.testing.assert_allclose(ours[name], expected[name], rtol=1e-5)
+
+
+def outputs(rates, adjoint=aj.DiscreteAdjoint()):
+    """Six numbers, within some 100 steps."""
+    options = {"controller": aj.PIDController(1e-6, 1e-6), "saveat": aj.SaveAt(jnp.linspace(0.0, 7.0, 3)), "throw": False}
+    return aj.solve(lotka_volterra, 0.0, 7.0, jnp.array([2.0, 0.5]), rates, adjoint=adjoint, **options).ys.ravel()
+
+
+DERIVATIVES = {
+    "lanes of cotangents": jax.jacrev(outputs),
+    "lanes of tangents": jax.jacfwd(functools.partial(outputs, adjoint=aj.ForwardMode())),
+    "lanes of lanes": jax.vmap(jax.grad(lambda rates: jnp.sum(outputs(rates) ** 2))),
+}
+
+
+@pytest.mark.parametrize("name", DERIVATIVES)
+def test_lanes_within_lanes_in_blocks(name, monkeypatch):
+    """A derivative has lanes that the solve had not, in blocks of their own: on the way back they read what the solve has
+    recorded, in blocks of the lanes around them."""
+    monkeypatch.setattr(kernels, "LANES_TOGETHER", 4)
+    of_one, scales = DERIVATIVES[name], jnp.linspace(0.6, 1.7, 6)
+    if name == "lanes of lanes":
+        scales = scales[:, None] * jnp.linspace(0.9, 1.1, 3)
+    lanes = dict.fromkeys("abcd", scales)
+    ours = jax.jit(jax.vmap(of_one))(lanes)
+    expected = jax.jit(lambda lanes: jax.lax.map(of_one, lanes))(lanes)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6), ours, expected)

@@ -11,6 +11,7 @@ from adjoint_jax import tree
 from adjoint_jax.adjoints.adjoint import AbstractAdjoint, Inputs, Run, Saved, integrate, observed_rows, without_observables
 from adjoint_jax.forward_only import forward_only
 from adjoint_jax.integrate import Report
+from adjoint_jax.kernels import in_blocks, stores
 from adjoint_jax.problem import Problem
 from adjoint_jax.saveat import Requests, Rows
 from adjoint_jax.tree import Arrays, Scalar
@@ -35,7 +36,7 @@ class ForwardMode(AbstractAdjoint):
         moved = dataclasses.replace(problem, y0=_carried(problem.y0, at_t0.y, backward), t0=t0, t1=t1)
         plain = without_observables(requests)
         still = Requests(tuple(Rows(jax.lax.stop_gradient(r.ts), None) for r in plain.rows), plain.states, plain.dense)
-        saved, report = integrate(Inputs(moved, still), run)
+        saved, report = _integrated(Inputs(moved, still), run)
         at_t1 = problem.rates(ends.last, saved.y1)
         ys = [_carried_rows(moved, *pair) for pair in zip(requests.rows, saved.rows, strict=True)]
         differentiated = saved._replace(
@@ -44,6 +45,13 @@ class ForwardMode(AbstractAdjoint):
             rows=observed_rows(requests, problem, tuple(ys), report),
         )
         return forward_only(differentiated, _REMEDY), report
+
+
+def _integrated(inputs: Inputs, run: Run) -> tuple[Saved, Report]:
+    """The solve; lanes of small problems in blocks, where these are kernels."""
+    if not (stores() and inputs.problem.is_small):
+        return integrate(inputs, run)
+    return in_blocks(lambda inputs: integrate(inputs, run), inputs)
 
 
 _REMEDY = "ForwardMode() has no reverse mode (jax.grad, jax.vjp, jax.jacrev): use DiscreteAdjoint() for it."
