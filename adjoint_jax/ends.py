@@ -6,6 +6,7 @@ of steps of a small system.
 """
 
 import abc
+from typing import NamedTuple
 
 import equinox as eqx
 import jax
@@ -15,6 +16,13 @@ from jaxtyping import Array, Float, Int
 from adjoint_jax import tree
 from adjoint_jax.lanes import put_block
 from adjoint_jax.tree import Scalar
+
+
+class Stride(NamedTuple):
+    """Where a step starts and ends; or many, along a leading axis."""
+
+    start: Scalar | Float[Array, " steps"]
+    end: Scalar | Float[Array, " steps"]
 
 
 class AbstractEnds(eqx.Module):
@@ -27,6 +35,14 @@ class AbstractEnds(eqx.Module):
     def block(self, index: Int[Array, ""], length: int) -> Float[Array, " length"]:
         """So many of them, from that index on."""
         return jax.vmap(self.at)(index + jnp.arange(length, dtype=jnp.int32))
+
+    def stride(self, index: Int[Array, ""]) -> Stride:
+        """The step of that number."""
+        return Stride(self.at(index), self.at(index + 1))
+
+    def strides(self, index: Int[Array, ""], length: int) -> Stride:
+        """So many steps, from that index on."""
+        return Stride(self.block(index, length), self.block(index + 1, length))
 
     def recorded(self, index: Int[Array, ""], times: Float[Array, " length"]) -> "AbstractEnds":
         """The same with those to which a loop over steps has come, from that index on, if they were not known."""

@@ -3,7 +3,8 @@
 They know a method's step, a controller's decisions and the recorders' protocol, and nothing of adjoints.
 """
 
-from collections.abc import Iterable, Sequence
+import functools
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -13,7 +14,7 @@ from jaxtyping import Array, Bool, Int, PyTree
 
 from adjoint_jax import tree
 from adjoint_jax.controllers.controller import AbstractController, AbstractStepSize, Trial
-from adjoint_jax.ends import AbstractEnds
+from adjoint_jax.ends import AbstractEnds, Stride
 from adjoint_jax.lanes import any_lane, apart, put, slots_first
 from adjoint_jax.linear.mass import is_consistent
 from adjoint_jax.problem import Interval, Problem
@@ -244,7 +245,8 @@ class _Progress(NamedTuple):
 
 
 class _SteppingLoop(NamedTuple):
-    """Three nested loops: over segments, over the chunks of a segment, and over attempted steps until a chunk is full."""
+    """Three nested loops: over segments, over the chunks of a segment, and over attempted steps until a chunk is full. The
+    latter two are one where chunks are single steps."""
 
     problem: Problem
     solver: AbstractSolver
@@ -263,8 +265,7 @@ class _SteppingLoop(NamedTuple):
         records = tuple(recorder.start(self.problem, layout, mark) for recorder in self.recorders)
         journey, records = self._apart((journey, records))
 
-        def fill_chunk(progress: _Progress) -> _Progress:
-            return self._fill_chunk(progress, layout.chunk)
+        fill = self._fill(layout.chunk)
 
         def fill_segment(progress: _Progress) -> _Progress:
             def unfilled(p: _Progress) -> Bool[Array, ""]:
@@ -273,15 +274,15 @@ class _SteppingLoop(NamedTuple):
             walk = progress.journey.walk
             place = progress.place._replace(position=zero, segment_start=walk.t, mark=walk.mark)
             progress = progress._replace(place=place)
-            one_chunk = layout.chunk == layout.segment
-            progress = fill_chunk(progress) if one_chunk else jax.lax.while_loop(unfilled, fill_chunk, progress)
+            at_once = layout.chunk == layout.segment and not self._one_by_one(layout.chunk)
+            progress = fill(progress) if at_once else jax.lax.while_loop(unfilled, fill, progress)
             pairs = zip(self.recorders, progress.records, strict=True)
             flushed = tuple(recorder.flush(record, progress.place, progress.journey.walk.t) for recorder, record in pairs)
             return progress._replace(records=flushed)
 
         progress = _Progress(journey, any_lane(journey.runs), records, Place(zero, zero, self.problem.t0, mark))
         whole = all(recorder.segment_limit is None for recorder in self.recorders)
-        progress = jax.lax.while_loop(lambda p: p.going, fill_chunk if whole else fill_segment, progress)
+        progress = jax.lax.while_loop(lambda p: p.going, fill if whole else fill_segment, progress)
         return Outcome(progress.journey.walk.state, progress.records, self._report(progress.journey, progress.place.slot))
 
     def again(self, mark: Mark, stretch: Stretch, records: tuple[Any, ...]) -> tuple[Mark, tuple[Any, ...]]:
@@ -294,7 +295,7 @@ class _SteppingLoop(NamedTuple):
             walk = walk._replace(slope=self.solver.slope(self.problem, first, walk.state))
         journey = self._journey(walk, _Known(stretch.reached, jnp.full((), self.max_steps, jnp.int32)))
         progress = _Progress(journey, any_lane(journey.runs), records, Place(stretch.slot, _zero(), walk.t, mark))
-        progress = jax.lax.while_loop(unfilled, lambda p: self._fill_chunk(p, stretch.chunk), progress)
+        progress = jax.lax.while_loop(unfilled, self._fill(stretch.chunk), progress)
         return progress.journey.walk.mark, progress.records
 
     def _apart(self, values: PyTree[Any]) -> PyTree[Any]:
@@ -339,6 +340,19 @@ class _SteppingLoop(NamedTuple):
     def _journey(self, walk: _Walk, course: _Course) -> _Journey:
         return _Journey(walk, course, course.goes_on(walk.t, self.problem.t1))
 
+    def _one_by_one(self, chunk: int) -> bool:
+        """Whether every attempt is written down as it is, where the next one writes over it if it was not accepted."""
+        return chunk == 1 and not any(recorder.adds_up for recorder in self.recorders)
+
+    def _fill(self, chunk: int) -> Callable[[_Progress], _Progress]:
+        """What fills slots: a chunk of them, or with one attempt at most one."""
+        return self._fill_slot if self._one_by_one(chunk) else functools.partial(self._fill_chunk, slots=chunk)
+
+    def _fill_slot(self, progress: _Progress) -> _Progress:
+        attempted = self._attempt_noted(progress.journey)
+        notes = tree.map(lambda leaf: leaf[None], attempted.notes)
+        return self._written(progress.place, progress.records, attempted._replace(notes=notes))
+
     def _fill_chunk(self, progress: _Progress, slots: int) -> _Progress:
         walk, course, runs = progress.journey
         blank = self._blank_notes(walk)
@@ -349,17 +363,25 @@ class _SteppingLoop(NamedTuple):
             return chunk.going & (chunk.filled < slots)
 
         def attempt(chunk: _Chunk) -> _Chunk:
-            journey, step, accepted = self._attempt(chunk.journey)
-            step, evaluations = self._dense(step, accepted)
-            journey = journey._replace(course=journey.course.with_more(evaluations))
-            notes = slots_first(put(chunk.notes, chunk.filled, self._notes(step, accepted)))
-            going, written = any_lane(jnp.stack([journey.runs, accepted]))
+            journey, going, note, written = self._attempt_noted(chunk.journey)
+            notes = slots_first(put(chunk.notes, chunk.filled, note))
             return _Chunk(journey, going, notes, chunk.filled + written)
 
         start = _Chunk(_Journey(walk, course, runs), progress.going, empty, _zero())
         chunk = jax.lax.while_loop(unfilled, self.problem.looped(attempt), start)
-        place = progress.place
-        triples = zip(self.recorders, progress.records, chunk.notes, strict=True)
+        return self._written(progress.place, progress.records, chunk)
+
+    def _attempt_noted(self, journey: _Journey) -> _Chunk:
+        """Try one step: a chunk of one slot, filled if any lane accepted it, without an axis for slots."""
+        journey, step, accepted = self._attempt(journey)
+        step, evaluations = self._dense(step, accepted)
+        journey = journey._replace(course=journey.course.with_more(evaluations))
+        going, written = any_lane(jnp.stack([journey.runs, accepted]))
+        return _Chunk(journey, going, self._notes(step, accepted), written.astype(jnp.int32))
+
+    def _written(self, place: Place, records: tuple[Any, ...], chunk: _Chunk) -> _Progress:
+        """With what was noted in a chunk."""
+        triples = zip(self.recorders, records, chunk.notes, strict=True)
         records = tuple(recorder.write(record, place, notes) for recorder, record, notes in triples)
         place = place._replace(slot=place.slot + chunk.filled, position=place.position + chunk.filled)
         return _Progress(chunk.journey, chunk.going, records, place)
@@ -470,18 +492,6 @@ class _SteppingLoop(NamedTuple):
         return Report(walk.t, status, stats, slots, walk.h)
 
 
-class _Stride(NamedTuple):
-    """The ends of one step of a given grid."""
-
-    start: Scalar
-    end: Scalar
-
-    @staticmethod
-    def of(grid: AbstractEnds, slot: Int[Array, ""]) -> "_Stride":
-        """The step of a slot."""
-        return _Stride(grid.at(slot), grid.at(slot + 1))
-
-
 class _Finite(NamedTuple):
     """A state of the method that is finite, and the number of steps that led to it."""
 
@@ -525,7 +535,7 @@ class _GridLoop(NamedTuple):
             (entry, records, finite), slot = carry, index * segment
 
             def take_stride(pace: _Pace, position: Int[Array, ""]) -> tuple[_Pace, tuple[Any, ...]]:
-                return self._stride(pace, problem.decide(_Stride.of, grid, slot + position))
+                return self._stride(pace, problem.decide(AbstractEnds.stride, grid, slot + position))
 
             pace, notes = jax.lax.scan(take_stride, entry, jnp.arange(segment, dtype=jnp.int32))
             state, (begin, end) = pace.state, (grid.at(slot), grid.at(slot + segment))
@@ -549,7 +559,7 @@ class _GridLoop(NamedTuple):
         per_step += self.solver.extra_stages * self._interpolates
         start_evaluations = self.solver.start_evaluations + self.solver.reuses_last_stage
         stats = Stats(taken, _zero(), iterations + (steps * per_step + start_evaluations))
-        last = _Stride.of(grid, _zero() + (steps - 1))
+        last = grid.stride(_zero() + (steps - 1))
         return Outcome(state, records, Report(grid.at(taken), status, stats, _zero() + steps, last.end - last.start))
 
     @property
@@ -568,7 +578,7 @@ class _GridLoop(NamedTuple):
         def take_stride(position: Array, walk: tuple[_Pace, tuple[Any, ...]]) -> tuple[_Pace, tuple[Any, ...]]:
             pace, records = walk
             slot = stretch.slot + position
-            pace, notes = self._stride(pace, self.problem.decide(_Stride.of, self.grid, slot))
+            pace, notes = self._stride(pace, self.problem.decide(AbstractEnds.stride, self.grid, slot))
             notes = tree.map(lambda leaf: leaf[None], notes)
             triples = zip(self.recorders, records, notes, strict=True)
             place = Place(slot, position, first, mark)
@@ -594,7 +604,7 @@ class _GridLoop(NamedTuple):
 
         def take(walk: tuple[_Finite, Bool[Array, ""]]) -> tuple[_Finite, Bool[Array, ""]]:
             (state, n), finite = walk
-            interval = self.controller.interval(*_Stride.of(self.grid, n))
+            interval = self.controller.interval(*self.problem.decide(AbstractEnds.stride, self.grid, n))
             after = self.solver.step(self.problem, interval, state, None).after
             finite &= (n < steps) & self.solver.is_finite(after)
             return tree.where(finite, _Finite(after, n + 1), _Finite(state, n)), finite
@@ -606,7 +616,7 @@ class _GridLoop(NamedTuple):
     def _interpolates(self) -> bool:
         return any(recorder.interpolates for recorder in self.recorders)
 
-    def _stride(self, pace: _Pace, stride: _Stride) -> tuple[_Pace, tuple[Any, ...]]:
+    def _stride(self, pace: _Pace, stride: Stride) -> tuple[_Pace, tuple[Any, ...]]:
         state, slope, iterations = pace
         interval = self.controller.interval(stride.start, stride.end)
         step = self.solver.step(self.problem, interval, state, slope)

@@ -50,6 +50,9 @@ class Place(NamedTuple):
 class AbstractRecorder(eqx.Module):
     """Writes down something of every step."""
 
+    adds_up: ClassVar[bool] = False
+    """Whether it adds up what is written. If not, what is written into a slot replaces what was written there before."""
+
     @property
     def interpolates(self) -> bool:
         """Whether it needs the stages of the dense output."""
@@ -80,7 +83,7 @@ class AbstractRecorder(eqx.Module):
     @abc.abstractmethod
     def write(self, record: Any, place: Place, notes: Any) -> Any:
         """Write the notes of some steps, along a leading axis, into the slots from `place` on. Behind the last step of an
-        integration there may be notes of steps of no length."""
+        integration, and in a slot that will be written again, there may be notes of steps of no length."""
 
     def flush(self, record: Any, place: Place, now: Scalar) -> Any:
         """Called when a segment is full (`place.position` slots of it) or the integration has ended, at time `now`."""
@@ -279,6 +282,8 @@ class DenseRecorder(AbstractRecorder):
 class QuadratureRecorder(AbstractRecorder):
     """Adds up an integral along the solution, step by step: what feeds nothing back need not be part of the ODE's state
     and of its error norm."""
+
+    adds_up: ClassVar[bool] = True
 
     nodes: Callable[[Step], Nodes]
     """A step's nodes and weights."""

@@ -89,6 +89,22 @@ class Program:
         carried = [known[o] for i in used if i.operation == "tuple" for o in i.operands]
         return max((i.largest_array for i in [*used, *carried] if not i.shape.startswith("(")), default=0)
 
+    def different_kernels(self) -> int:
+        """How many fusions are not the same as another: XLA:CPU compiles every one by itself."""
+        names = {name for i in self.all() if i.operation == "fusion" for name in i.called}
+        return len({self._spelled(name) for name in names})
+
+    def _spelled(self, computation: str) -> str:
+        """A computation, with the names of its instructions replaced by their places."""
+        instructions = self.computations[computation]
+        places = {i.name: str(place) for place, i in enumerate(instructions)}
+
+        def spelled(i: Instruction) -> str:
+            rest = re.sub(r"(metadata=|backend_config=).*|[, ]", "", i.rest)
+            return f"{i.operation} {i.shape} " + re.sub(r"%([\w.-]+)", lambda name: places.get(name[1], name[1]), rest)
+
+        return "\n".join(map(spelled, instructions))
+
     def all(self) -> list[Instruction]:
         """The instructions of all computations."""
         return [i for instructions in self.computations.values() for i in instructions]

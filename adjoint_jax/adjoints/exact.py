@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Int, PyTree
 
 from adjoint_jax import tree
 from adjoint_jax.adjoints.adjoint import (
@@ -36,6 +36,7 @@ from adjoint_jax.adjoints.keep import AbstractKeep
 from adjoint_jax.adjoints.memory import Memory
 from adjoint_jax.adjoints.rows import Pulled, RowPull, Steps, pull_row
 from adjoint_jax.adjoints.trail import AbstractTrail, Segment, Walked, Way
+from adjoint_jax.ends import AbstractEnds, Stride
 from adjoint_jax.errors import raise_on_reverse_failure
 from adjoint_jax.forward_only import gradient_once
 from adjoint_jax.integrate import Integrator, Report
@@ -152,10 +153,9 @@ class _Swept(NamedTuple):
 
 
 class _KeptSteps(NamedTuple):
-    """A chunk of recorded steps, along a leading axis: their ends in time, and what is kept of them."""
+    """A chunk of recorded steps, along a leading axis: where they start and end, and what is kept of them."""
 
-    starts: Float[Array, " steps"]
-    ends: Float[Array, " steps"]
+    strides: Stride
     kept: Any
 
 
@@ -227,15 +227,18 @@ class _Sweep:
         def reverse_chunk(reversed_index: Array, swept: _Swept) -> _Swept:
             first = (chunks - 1 - reversed_index) * chunk
             slot = segment.begin + first
-            steps = _KeptSteps(
-                segment.ends.block(first, chunk),
-                segment.ends.block(first + 1, chunk),
-                tree.take_block(segment.kept, first, chunk),
-            )
+            steps = _KeptSteps(self._strides(segment.ends, first), tree.take_block(segment.kept, first, chunk))
             valid = jnp.minimum(chunk, segment.steps - first) if chunk > 1 else jnp.ones((), jnp.int32)
             return self._reverse_steps(valid, steps, self._observed(slot), swept)
 
         return jax.lax.fori_loop(0, chunks, reverse_chunk, swept)
+
+    def _strides(self, ends: AbstractEnds, first: Int[Array, ""]) -> Stride:
+        """Where the steps of a chunk start and end. One step's times are scalars as where steps are taken, so that XLA
+        compiles what is computed of them to the same kernels."""
+        if self.trail.chunk > 1:
+            return ends.strides(first, self.trail.chunk)
+        return tree.map(lambda t: t[None], self.problem.decide(AbstractEnds.stride, ends, first))
 
     def _observed(self, slot: Int[Array, ""]) -> _Observed:
         """What the loss says of a chunk of steps through saved steps and dense output."""
@@ -250,17 +253,18 @@ class _Sweep:
         are computed in; otherwise for the whole chunk, so that no array in the loop over its steps is large (see
         `recorders`)."""
         step_by_step = self.problem.is_in_scalars
-        gathered = self.gathering.opened(swept.parameters, len(steps.starts))
+        strides, length = steps.strides, self.trail.chunk
+        gathered = self.gathering.opened(swept.parameters, length)
         swept = swept._replace(parameters=gathered)
         if not step_by_step:
-            all_steps = Steps(steps.starts, steps.ends, self.keep.state(steps.kept), count)
+            all_steps = Steps(strides.start, strides.end, self.keep.state(steps.kept), count)
             rows, observed = self._with_rows(all_steps, observed, swept.rows)
             swept = swept._replace(rows=rows)
 
         def reverse_step(reversed_index: Array, swept: _Swept) -> _Swept:
             index = count - 1 - reversed_index
-            start, end = self.problem.decide(tree.take, (steps.starts, steps.ends), index)
-            start, end, kept = self.problem.stored((start, end, tree.take(steps.kept, index)))
+            at = self.problem.decide(tree.take, strides, index) if length > 1 else tree.map(lambda t: t[0], strides)
+            (start, end), kept = self.problem.stored((at, tree.take(steps.kept, index)))
             interval, state, rows = self.way.interval(start, end), self.keep.state(kept), swept.rows
             of_step = tree.take_block(observed, index, 1)
             if step_by_step:
@@ -275,7 +279,7 @@ class _Sweep:
             through = tree.where(taken, through, tree.add(a, self.solver.from_output(state, y0)))
             return _Swept(through, self.gathering.entered(swept.parameters, index, said, taken), rows)
 
-        if len(steps.starts) == 1:
+        if length == 1:
             swept = reverse_step(jnp.zeros((), jnp.int32), swept)
         else:
             swept = jax.lax.fori_loop(0, count, self.problem.looped(reverse_step), swept)

@@ -1,6 +1,6 @@
 """The adjoint for many parameters: a(t) alone is integrated backward, dJ/dparameters by Gauss quadrature on its steps."""
 
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import equinox as eqx
 import jax
@@ -98,6 +98,8 @@ class _Divided(NamedTuple):
 
 class RefinedQuadratureRecorder(AbstractRecorder):
     """Adds up the parameters' integral over accepted reverse steps, each divided until Gauss and Kronrod agree."""
+
+    adds_up: ClassVar[bool] = True
 
     solver: AbstractSolver
     system: AbstractReverseSystem

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from adjoint_jax import tree
 from adjoint_jax.interpolation import Interpolant
-from adjoint_jax.kernels import stores
+from adjoint_jax.kernels import stored, stores
 from adjoint_jax.lanes import put
 from adjoint_jax.problem import Interval, Parameters, Problem, Rates
 from adjoint_jax.quadrature import Nodes
@@ -177,13 +177,17 @@ class ExplicitRungeKutta(AbstractSolver):
         return [pullback_at(problem, t, y)[1] for t, y in zip(times, states, strict=False)]
 
     def _linearised(self, problem: Problem, interval: Interval, y: Arrays, count: int) -> list[Pullback]:
-        """The same where the stages are not known. One linearisation of a stage gives k_i and its pullback."""
+        """The same where the stages are not known. One linearisation of a stage gives k_i and its pullback.
+
+        What was stored where the step was taken is stored here, so that sums of stages are the same kernels, compiled once:
+        the state; and the first stage, if it was the last one of the step before."""
         h, rows = interval.end - interval.start, self.tableau.a + self.tableau.dense_a
-        stored, in_halves, stages, pullbacks = problem.stored, in_stored_halves(problem), [], []
+        in_halves, y, stages, pullbacks = in_stored_halves(problem), stored(y), [], []
         for i in range(count):
             state = tree.add(y, tree.scale(h, tree.weighted_sum(rows[i], stages))) if i else y
             rates, pullback = pullback_at(problem, stage_time(interval, self._nodes[i]), state)
-            stages.append(stored(rates.y))
+            was_stored = i == 0 and self.reuses_last_stage
+            stages.append(stored(rates.y) if was_stored else problem.stored(rates.y))
             pullbacks.append(in_halves(pullback))
         return pullbacks
 
