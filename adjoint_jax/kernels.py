@@ -28,7 +28,7 @@ from jaxtyping import Array
 
 from adjoint_jax import tree
 from adjoint_jax.hoisting import contains, operations, programs_of
-from adjoint_jax.lanes import on_one_cpu
+from adjoint_jax.lanes import on_one_cpu, with_rule
 
 _ALONE = {"inlineable": "false"}
 _SMALL = {"xla_cpu_small_call": "true"}
@@ -106,17 +106,14 @@ def in_blocks(function: Callable[..., Any], *operands: Any) -> Any:
 
 
 def _blockwise(program: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
-    @jax.custom_batching.custom_vmap
-    def of_lanes(*inputs: Any) -> list[Any]:
-        return program(*inputs)
-
-    @of_lanes.def_vmap
     def rule(axis_size: int, in_batched: list[bool], *inputs: Any) -> tuple[list[Any], list[bool]]:
         """Lanes of lanes are in blocks, too, of which a block has all: `jax.jacrev` within a `vmap` reads, in lanes of
         cotangents within those of the `vmap`, what these alone have recorded."""
         lanes = _Lanes(axis_size, tuple(in_batched))
         results = lanes.in_blocks(_blockwise(lanes.of(program)), inputs)
         return results, [True] * len(results)
+
+    of_lanes = with_rule(lambda *inputs: program(*inputs), rule)
 
     @jax.custom_jvp
     def function(*inputs: Any) -> list[Any]:

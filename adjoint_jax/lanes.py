@@ -19,16 +19,30 @@ from jaxtyping import Array, Bool, Int, PyTree
 from adjoint_jax.tree import Arrays, is_traced
 
 
+def with_rule(function: Callable[..., Any], rule: Callable[..., tuple[Any, Any]]) -> Callable[..., Any]:
+    """A function with a rule for lanes where operands differ between them, as `jax.custom_batching.custom_vmap` has it.
+
+    Loops within `scan` lose derivatives of one's own when JAX before 0.12 differentiates them twice. Then those of
+    `custom_vmap` take their place, which ask for a rule where only tangents differ: so of the function as it is."""
+    ruled = jax.custom_batching.custom_vmap(function)
+
+    @ruled.def_vmap
+    def _(axis_size: int, in_batched: list[Any], *operands: Any) -> tuple[Any, Any]:
+        if any(jax.tree.leaves(in_batched)):
+            return rule(axis_size, in_batched, *operands)
+        results = function(*operands)
+        return results, jax.tree.map(lambda _: False, results)
+
+    return ruled
+
+
 def _over_lanes(reduce: Callable[..., Array]) -> Callable[[Array], Array]:
-    @jax.custom_batching.custom_vmap
-    def reduced(value: Array) -> Array:
-        return value
+    def rule(axis_size: int, in_batched: list[Any], value: Array) -> tuple[Array, bool]:
+        """Of no lanes at all: zero, or false."""
+        del in_batched
+        return reduced(reduce(value, axis=0) if axis_size else jnp.zeros(value.shape[1:], value.dtype)), False
 
-    @reduced.def_vmap
-    def rule(axis_size, in_batched, value):
-        del axis_size, in_batched
-        return reduced(reduce(value, axis=0)), False
-
+    reduced = with_rule(lambda value: value, rule)
     return reduced
 
 
@@ -72,14 +86,11 @@ def _unchanged(rule: Callable[[int, Any, bool], tuple[Any, bool]], values: PyTre
     between them, to both of the latter. To their tangents it applies by themselves: lanes may differ in tangents alone.
     Integers have none."""
 
-    @jax.custom_batching.custom_vmap
-    def of_lanes(leaves: list[Any]) -> list[Any]:
-        return leaves
-
-    @of_lanes.def_vmap
     def changed(axis_size: int, in_batched: list[Any], leaves: list[Any]) -> tuple[list[Any], list[bool]]:
         pairs = [rule(axis_size, leaf, batched) for leaf, batched in zip(leaves, in_batched[0], strict=True)]
         return [leaf for leaf, _ in pairs], [batched for _, batched in pairs]
+
+    of_lanes = with_rule(lambda leaves: leaves, changed)
 
     @jax.custom_jvp
     def same(leaves: list[Any]) -> list[Any]:
@@ -143,10 +154,6 @@ def _put_slice(rows: Any, block: Any, index: Array, axis: int) -> Array:
     return jax.lax.dynamic_update_slice_in_dim(rows, block, index, axis, allow_negative_indices=False)
 
 
-_put_in_lanes = jax.custom_batching.custom_vmap(_updated)
-
-
-@_put_in_lanes.def_vmap
 def _slices_put(
     axis_size: int, in_batched: list[Any], rows: list[Any], index: Array, block: list[Any]
 ) -> tuple[list[Any], list[bool]]:
@@ -163,6 +170,9 @@ def _slices_put(
 
     batched = [of_leaf or of_part for of_leaf, of_part in zip(rows_batched, block_batched, strict=True)]
     return [put_leaf(*given) for given in zip(rows, block, rows_batched, block_batched, strict=True)], batched
+
+
+_put_in_lanes = with_rule(_updated, _slices_put)
 
 
 def on_one_cpu() -> bool:
@@ -185,17 +195,14 @@ def are_lanes(values: PyTree[Any]) -> bool:
     becomes part of a program of one lane, whose lanes are computed later."""
     seen = []
 
-    @jax.custom_batching.custom_vmap
-    def one(leaves: list[Any]) -> list[Any]:
-        return leaves
-
-    @one.def_vmap
     def lanes(axis_size: int, in_batched: list[Any], leaves: list[Any]) -> tuple[list[Any], Any]:
         del axis_size
         seen.append(True)
         return leaves, in_batched[0]
 
-    one([jax.lax.stop_gradient(leaf) for leaf in jax.tree.leaves(values) if is_traced(leaf)])
+    with_rule(lambda leaves: leaves, lanes)(
+        [jax.lax.stop_gradient(leaf) for leaf in jax.tree.leaves(values) if is_traced(leaf)]
+    )
     return bool(seen)
 
 
@@ -226,15 +233,12 @@ def _flat_in_lanes(of_one: Callable[..., list[Any]], of_lanes: Callable[..., lis
     """`in_lanes` for functions of arrays. Its derivative is chosen in the same way: the one that `custom_vmap` has takes no
     notice of lanes in which values differ and their tangents do not."""
 
-    @jax.custom_batching.custom_vmap
-    def chosen(*leaves: Any) -> list[Any]:
-        return of_one(*leaves)
-
-    @chosen.def_vmap
     def rule(axis_size: int, in_batched: list[bool], *leaves: Any) -> tuple[list[Any], list[bool]]:
         axes = tuple(0 if batched else None for batched in in_batched)
         results = jax.vmap(of_lanes, axes, axis_size=axis_size)(*leaves)
         return results, [True] * len(results)
+
+    chosen = with_rule(of_one, rule)
 
     @jax.custom_jvp
     def function(*leaves: Any) -> list[Any]:

@@ -10,7 +10,7 @@ from problems import lotka_volterra
 
 import adjoint_jax as aj
 from adjoint_jax import kernels
-from adjoint_jax.lanes import apart, are_lanes, put, put_block, slots_first
+from adjoint_jax.lanes import apart, are_lanes, in_lanes, put, put_block, slots_first
 from adjoint_jax.saveat import Rows
 
 X = jnp.arange(1.0, 4.0)
@@ -123,6 +123,66 @@ def test_rows_up_to_a_time(count, direction):
 def test_a_slot_of_all_lanes_lies_together():
     compiled = jax.jit(jax.vmap(lambda x: slots_first(put(jnp.zeros(7), jnp.int32(2), x)) + 1)).lower(X).compile()
     assert "f64[3,7]{0,1}" in compiled.as_text()
+
+
+def rotated(x, p):
+    return jax.lax.fori_loop(0, 3, lambda i, x: put(x, i % 2, jnp.sin(x[1]) * p[0]) + p * x, x)
+
+
+def same(function):
+    return function
+
+
+def chosen(function):
+    return in_lanes(function, function)
+
+
+def blockwise(function):
+    return lambda *operands: kernels.in_blocks(function, *operands)
+
+
+@pytest.mark.parametrize("how", [same, chosen, blockwise])
+def test_second_derivatives_within_scan(how):
+    """With a derivative of its own, as a solve has. JAX before 0.12 loses rules there."""
+
+    @jax.custom_vjp
+    def function(x, p):
+        return how(rotated)(x, p)
+
+    def backward(kept, cotangent):
+        return how(lambda x, p, g: jax.vjp(rotated, x, p)[1](g))(*kept, cotangent)
+
+    function.defvjp(lambda x, p: how(lambda x, p: (rotated(x, p), (x, p)))(x, p), backward)
+
+    def hessian(of):
+        def total(p):
+            return jnp.sum(jax.lax.map(lambda x: of(jnp.stack([x, 2 * x]), p), X) ** 2)
+
+        return jax.jit(jax.hessian(total))(jnp.array([0.3, 0.4]))
+
+    ours, expected = hessian(function), hessian(rotated)
+    np.testing.assert_allclose(ours, expected, rtol=1e-13)
+
+
+def test_second_derivatives_of_solves_within_scan():
+    """Of exp(-k): the sum over factors of 2 w^2 exp(-2 w k)."""
+    factors = jnp.array([0.5, 1.0, 2.0])
+
+    def total(k):
+        def end(factor):
+            options = {"controller": aj.PIDController(1e-9, 1e-9), "throw": False}
+            return aj.solve(lambda t, y, k: -factor * k * y, 0.0, 1.0, jnp.ones(1), k, **options).ys[0]
+
+        return jnp.sum(jax.lax.map(end, factors) ** 2)
+
+    ours = jax.jit(jax.hessian(total))(jnp.array(0.7))
+    np.testing.assert_allclose(ours, jnp.sum(4 * factors**2 * jnp.exp(-1.4 * factors)), rtol=1e-6)
+
+
+def test_no_lanes_at_all():
+    lanes = dict.fromkeys("abcd", jnp.zeros(0))
+    value, gradient = jax.jit(jax.vmap(jax.value_and_grad(lambda rates: saved(rates, jnp.ones((30, 2))))))(lanes)
+    assert value.shape == gradient["a"].shape == (0,)
 
 
 def saved(rates, weights, t1=40.0):
