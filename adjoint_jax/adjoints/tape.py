@@ -27,7 +27,7 @@ from adjoint_jax.adjoints.revolve import division, places, repetitions, reversib
 from adjoint_jax.adjoints.trail import AbstractTrail, Carry, Segment, Walked, Way, standing_still
 from adjoint_jax.ends import AbstractEnds, EndsFrom, RecordedEnds
 from adjoint_jax.integrate import Integrator, Mark, Recording, Stretch, chunk_length, round_up
-from adjoint_jax.lanes import max_lane, put, put_block
+from adjoint_jax.lanes import any_lane, max_lane, put, put_block
 from adjoint_jax.problem import Problem
 from adjoint_jax.recorders import AbstractRecorder, Layout, Place
 from adjoint_jax.solvers.solver import AbstractSolver, Step
@@ -329,7 +329,11 @@ def _thinned(tape: Tape, index: Int[Array, ""]) -> Tape:
     """The tape with every second checkpoint only, if segment `index` finds no room."""
     full = tree.quotient(index, tape.stride) >= tape.layout.checkpoints
     every_second = np.minimum(2 * np.arange(tape.layout.checkpoints), tape.layout.checkpoints - 1)
-    checkpoints = tree.map(lambda leaf: jnp.where(full, leaf[every_second], leaf), tape.checkpoints)
+
+    def thinned(checkpoints: Mark) -> Mark:
+        return tree.map(lambda leaf: leaf[every_second], checkpoints)
+
+    checkpoints = jax.lax.cond(any_lane(full), thinned, lambda checkpoints: checkpoints, tape.checkpoints)
     return dataclasses.replace(tape, checkpoints=checkpoints, stride=jnp.where(full, 2 * tape.stride, tape.stride))
 
 
