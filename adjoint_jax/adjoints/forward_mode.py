@@ -19,8 +19,8 @@ from adjoint_jax.tree import Arrays, Scalar
 
 class ForwardMode(AbstractAdjoint):
     """For `jax.jvp`, `jax.jacfwd` and `jax.linearize`: the forward sensitivities of the computed solution, stepped along
-    with it. The cheapest choice for a handful of inputs, or for all derivatives of many outputs. On a CPU, sensitivities of a
-    small system are one kernel by themselves, as its solution is, and lanes of a `vmap` are computed in blocks.
+    with it. The cheapest choice for a handful of inputs, or for all derivatives of many outputs. On a CPU, sensitivities of
+    a small system are one kernel by themselves, as its solution is, and lanes of a `vmap` are computed in blocks.
 
     Exact for the computed solution, with step sizes as constants of the derivative; derivatives with respect to t0, t1 and
     `ts` are those of the flow, f at that time. The error estimate does not look at sensitivities.
