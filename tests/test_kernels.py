@@ -210,6 +210,17 @@ def test_small_solves_and_their_gradients_are_kernels(adjoint):
     assert marked(gradient, RATES, kernel=True) == 2
 
 
+def test_small_stiff_solves_and_their_gradients_are_kernels():
+    def end(rates):
+        def decay(t, y, rates):
+            return jnp.stack([-rates["a"] * y[0] + 0.1 * y[1] ** 2, 100 * (y[0] - y[1])])
+
+        return aj.solve(decay, 0.0, 5.0, jnp.ones(2), rates, solver=aj.Rodas5P(), throw=False).ys[0, 0]
+
+    assert marked(end, RATES, kernel=True) == 1
+    assert marked(jax.grad(end), RATES, kernel=True) == 2
+
+
 def along(function, rates):
     return jax.jvp(function, (rates,), (jax.tree.map(jnp.cos, rates),))
 
