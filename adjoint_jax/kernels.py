@@ -127,8 +127,9 @@ def _blockwise(program: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
     return function
 
 
-def stores() -> bool:
-    """Whether what is `stored` really is: on a single CPU, with the versions of JAX for which that was tested."""
+def is_told() -> bool:
+    """Whether XLA is told what to store and what to compile as one kernel: on a single CPU, with the versions of JAX for
+    which that was tested."""
     return on_one_cpu() and SINCE <= jax.__version_info__[:2] < BEFORE
 
 
@@ -360,7 +361,7 @@ class _TangentProgram(NamedTuple):
         program: _Program, lanes: _Lanes | None, moves: Sequence[bool], primals: Sequence[Any]
     ) -> "_TangentProgram | None":
         """None where it would not be a kernel."""
-        if not stores() or not contains(program.jaxpr, _LOOPS) or (lanes is not None and lanes.number > MOST_LANES):
+        if not is_told() or not contains(program.jaxpr, _LOOPS) or (lanes is not None and lanes.number > MOST_LANES):
             return None
 
         def dots(primals: Sequence[Any], along: Sequence[Any]) -> list[Any]:

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from adjoint_jax import tree
 from adjoint_jax.interpolation import Interpolant
-from adjoint_jax.kernels import stored, stores
+from adjoint_jax.kernels import is_told, stored
 from adjoint_jax.lanes import put
 from adjoint_jax.problem import Interval, Parameters, Problem, Rates
 from adjoint_jax.quadrature import Nodes
@@ -240,7 +240,7 @@ class ExplicitRungeKutta(AbstractSolver):
             return False
         if count <= WRITTEN_OUT_STAGES or problem.is_in_scalars or problem.multiplies_matrices:
             return True
-        return stores() and not problem.is_small
+        return is_told() and not problem.is_small
 
     @property
     def _nodes(self) -> tuple[float, ...]:
