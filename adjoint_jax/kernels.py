@@ -105,6 +105,14 @@ def in_blocks(function: Callable[..., Any], *operands: Any) -> Any:
     return traced.results(_blockwise(traced.program)(*traced.inputs))
 
 
+def in_blocks_of_kernels(function: Callable[..., Any], *operands: Any) -> Any:
+    """`in_blocks` of a function that is one kernel, or has some; of another just the function: nothing would be gained, and
+    in forward mode values would be computed apart from tangents, and with them."""
+    traced = _Traced.of(function, operands)
+    has_kernels = contains(traced.program.jaxpr, frozenset((_kernel_p.name,)))
+    return traced.results((_blockwise(traced.program) if has_kernels else traced.program)(*traced.inputs))
+
+
 def _blockwise(program: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
     def rule(axis_size: int, in_batched: list[bool], *inputs: Any) -> tuple[list[Any], list[bool]]:
         """Lanes of lanes are in blocks, too, of which a block has all: `jax.jacrev` within a `vmap` reads, in lanes of

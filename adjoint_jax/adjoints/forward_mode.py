@@ -11,7 +11,7 @@ from adjoint_jax import tree
 from adjoint_jax.adjoints.adjoint import AbstractAdjoint, Inputs, Run, Saved, integrate, observed_rows, without_observables
 from adjoint_jax.forward_only import forward_only
 from adjoint_jax.integrate import Report
-from adjoint_jax.kernels import in_blocks, is_told
+from adjoint_jax.kernels import in_blocks_of_kernels, is_told
 from adjoint_jax.problem import Problem
 from adjoint_jax.saveat import Requests, Rows
 from adjoint_jax.tree import Arrays, Scalar
@@ -52,7 +52,7 @@ def _integrated(inputs: Inputs, run: Run) -> tuple[Saved, Report]:
     """The solve; lanes of small problems in blocks, where these are kernels."""
     if not (is_told() and inputs.problem.is_small):
         return integrate(inputs, run)
-    return in_blocks(lambda inputs: integrate(inputs, run), inputs)
+    return in_blocks_of_kernels(lambda inputs: integrate(inputs, run), inputs)
 
 
 _REMEDY = "ForwardMode() has no reverse mode (jax.grad, jax.vjp, jax.jacrev): use DiscreteAdjoint() for it."
