@@ -113,7 +113,7 @@ STORING = {
     [
         (elementwise, "adaptive", 190),
         (elementwise, "given grid", 126),
-        (elementwise, "forward mode", 211),
+        (elementwise, "forward mode", 213),
         (residual, "adaptive", 280),
         (residual, "given grid", 106),
         (residual, "forward mode", 68),
