@@ -165,7 +165,7 @@ def test_second_derivatives_within_scan(how):
 
 
 def test_second_derivatives_of_solves_within_scan():
-    """Of exp(-k): the sum over factors of 2 w^2 exp(-2 w k)."""
+    """Of the sum of exp(-2 w k) over factors w: that of 4 w^2 exp(-2 w k)."""
     factors = jnp.array([0.5, 1.0, 2.0])
 
     def total(k):
