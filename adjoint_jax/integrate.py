@@ -110,18 +110,22 @@ class Integrator(eqx.Module):
         if ends is None:
             loop = self._loop(problem, recorders)
         else:
-            loop = _GridLoop(problem.for_steps(), self.solver, self.controller, recorders, ends)
+            loop = _GridLoop(problem.for_steps(), self._method(recorders), self.controller, recorders, ends)
         mark, records = loop.again(mark, stretch, records)
         return mark, (records[0] if records else None)
 
     def _loop(self, problem: Problem, recorders: Sequence[AbstractRecorder]) -> "_SteppingLoop | _GridLoop":
         problem, grid = problem.for_steps(), self.controller.grid(problem.t0, problem.t1)
+        solver = self._method(recorders)
         if grid is None:
             assert isinstance(self.controller, AbstractStepSize)
-            return _SteppingLoop(problem, self.solver, self.controller, tuple(recorders), self.max_steps, self.dt0)
+            return _SteppingLoop(problem, solver, self.controller, tuple(recorders), self.max_steps, self.dt0)
         if self.dt0 is not None:
             raise ValueError(f"dt0 has no meaning for {type(self.controller).__name__}, whose grid is given.")
-        return _GridLoop(problem, self.solver, self.controller, tuple(recorders), grid)
+        return _GridLoop(problem, solver, self.controller, tuple(recorders), grid)
+
+    def _method(self, recorders: Sequence[AbstractRecorder]) -> AbstractSolver:
+        return functools.reduce(lambda solver, recorder: recorder.method(solver), recorders, self.solver)
 
     def restarted(self, h: Scalar) -> "Integrator":
         """The same integrator, with a first step size where it has use for one."""
@@ -141,11 +145,11 @@ class Integrator(eqx.Module):
 
 class _Walk(NamedTuple):
     """Where an integration with a step size controller stands: all that its next steps depend on. `state` is the method's;
-    `slope` is the field at t where the method hands it on from step to step."""
+    `slope` is what the method hands on from step to step, if it does: the field at t, or more."""
 
     t: Scalar
     state: Any
-    slope: Arrays | None
+    slope: Any
     h: Scalar
     memory: PyTree[Any]
 
@@ -292,7 +296,7 @@ class _SteppingLoop(NamedTuple):
         walk: _Walk = mark.choice._replace(state=mark.state)
         if self.solver.reuses_last_stage:
             first = self.controller.interval(walk.t, self.problem.t1).first
-            walk = walk._replace(slope=self.solver.slope(self.problem, first, walk.state))
+            walk = walk._replace(slope=_evaluated_for(stretch, self.problem, self.solver, first, walk.state))
         journey = self._journey(walk, _Known(stretch.reached, jnp.full((), self.max_steps, jnp.int32)))
         progress = _Progress(journey, any_lane(journey.runs), records, Place(stretch.slot, _zero(), walk.t, mark))
         progress = jax.lax.while_loop(unfilled, self._fill(stretch.chunk), progress)
@@ -319,7 +323,8 @@ class _SteppingLoop(NamedTuple):
 
     def _start(self, valid: Bool[Array, ""]) -> _Journey:
         problem, solver, zero = self.problem, self.solver, _zero()
-        slope = problem.field(self.controller.interval(problem.t0, problem.t1).first, problem.y0)
+        first = self.controller.interval(problem.t0, problem.t1).first
+        slope = problem.field(first, problem.y0)
         proposal = self.controller.first(problem, solver, slope, self.dt0)
         status = jnp.where(self.controller.unresolvable(problem.y0), Status.TOLERANCE_TOO_SMALL, Status.SUCCESS)
         status = jnp.where(problem.t0 == problem.t1, Status.SUCCESS, status)
@@ -327,10 +332,11 @@ class _SteppingLoop(NamedTuple):
         jumps = self.controller.jump_ts is not None
         uses_slope = solver.reuses_last_stage or proposal.evaluations > 0 or (solver.start_evaluations > 0 and not jumps)
         evaluations = uses_slope + proposal.evaluations + (solver.start_evaluations if jumps else 0)
+        state = solver.start(problem) if jumps else solver.start_from(problem, slope)
         walk = _Walk(
             t=problem.t0,
-            state=solver.start(problem) if jumps else solver.start_from(problem, slope),
-            slope=slope if solver.reuses_last_stage else None,
+            state=state,
+            slope=solver.handed_on(problem, first, state, slope) if solver.reuses_last_stage else None,
             h=proposal.h,
             memory=proposal.memory,
         )
@@ -407,7 +413,7 @@ class _SteppingLoop(NamedTuple):
         of_step = interval, ratio, step.factor, step.iterations
         (ahead, course, runs), accepted = decide(self._judged, _Journey(numbers, course, runs), *of_step)
         kept = step._replace(after=tree.where(accepted, step.after, walk.state), error=None)
-        walk = ahead._replace(state=kept.after, slope=self._next_slope(walk, kept, accepted))
+        walk = ahead._replace(state=kept.after, slope=self._next_slope(walk, step, accepted))
         return _Journey(walk, course, runs), kept, accepted
 
     def _next_interval(self, walk: _Walk, runs: Bool[Array, ""]) -> Interval:
@@ -460,18 +466,18 @@ class _SteppingLoop(NamedTuple):
         )
         return step, wanted * jnp.int32(self.solver.extra_stages)
 
-    def _next_slope(self, walk: _Walk, step: Step, accepted: Bool[Array, ""]) -> Arrays | None:
-        """The field at the start of the next step, evaluated anew behind a jump."""
+    def _next_slope(self, walk: _Walk, step: Step, accepted: Bool[Array, ""]) -> Any:
+        """What the next step takes over, evaluated anew behind a jump."""
         if not self.solver.reuses_last_stage:
             return None
-        slope = tree.where(accepted, self.solver.last_stage(step), walk.slope)
+        slope = tree.where(accepted, _handed_on(self.problem, self.solver, step), walk.slope)
         if self.controller.jump_ts is None:
             return slope
         jumped = self._jumps(step.interval.end, accepted) > 0
         behind = self.controller.interval(step.interval.end, self.problem.t1).first
         fresh = jax.lax.cond(
             any_lane(jumped),
-            lambda t, state: self.solver.slope(self.problem, t, state),
+            lambda t, state: _evaluated(self.problem, self.solver, t, state),
             lambda t, state: slope,
             behind,
             step.after,
@@ -500,11 +506,11 @@ class _Finite(NamedTuple):
 
 
 class _Pace(NamedTuple):
-    """The loop state of an integration on a given grid: the method's, its slope if it hands one on, and the evaluations of
+    """The loop state of an integration on a given grid: the method's, what it hands on if it does, and the evaluations of
     its iterations."""
 
     state: Arrays
-    slope: Arrays | None
+    slope: Any
     iterations: Int[Array, ""]
 
     @property
@@ -569,7 +575,7 @@ class _GridLoop(NamedTuple):
         return self.solver.reuses_last_stage and is_smooth
 
     def _pace(self, t: Scalar, state: Arrays) -> _Pace:
-        slope = self.solver.slope(self.problem, t, state) if self._reuses_last_stage else None
+        slope = _evaluated(self.problem, self.solver, t, state) if self._reuses_last_stage else None
         return _Pace(state, slope, _zero())
 
     def again(self, mark: Mark, stretch: Stretch, records: tuple[Any, ...]) -> tuple[Mark, tuple[Any, ...]]:
@@ -584,7 +590,11 @@ class _GridLoop(NamedTuple):
             place = Place(slot, position, first, mark)
             return pace, tuple(recorder.write(record, place, note) for recorder, record, note in triples)
 
-        pace, records = jax.lax.fori_loop(0, stretch.steps, take_stride, (self._pace(first, mark.state), records))
+        slope = None
+        if self._reuses_last_stage:
+            slope = _evaluated_for(stretch, self.problem, self.solver, first, mark.state)
+        pace = _Pace(mark.state, slope, _zero())
+        pace, records = jax.lax.fori_loop(0, stretch.steps, take_stride, (pace, records))
         return pace.mark, records
 
     def _longest_segment(self) -> int:
@@ -623,10 +633,32 @@ class _GridLoop(NamedTuple):
         if self._interpolates:
             step = self.solver.with_dense_stages(self.problem, step)
         taken = stride.start != stride.end
+        slope = _handed_on(self.problem, self.solver, step) if self._reuses_last_stage else None
         step = step._replace(after=tree.where(taken, step.after, state))
-        slope = self.solver.last_stage(step) if self._reuses_last_stage else None
         iterations += _taken(step.iterations, taken)
         return _Pace(step.after, slope, iterations), tuple(recorder.note(step, taken) for recorder in self.recorders)
+
+
+def _evaluated(problem: Problem, solver: AbstractSolver, t: Scalar, state: Arrays) -> Any:
+    """What a step from the state takes over, where none was taken before."""
+    return solver.handed_on(problem, t, state, solver.slope(problem, t, state))
+
+
+def _evaluated_for(stretch: Stretch, problem: Problem, solver: AbstractSolver, t: Scalar, state: Arrays) -> Any:
+    """The same, or zeros if there is no step."""
+
+    def evaluated() -> Any:
+        return _evaluated(problem, solver, t, state)
+
+    if problem.is_in_scalars:
+        return evaluated()
+    nothing = tree.zeros_like(jax.eval_shape(evaluated))
+    return jax.lax.cond(any_lane(stretch.steps > 0), evaluated, lambda: nothing)
+
+
+def _handed_on(problem: Problem, solver: AbstractSolver, step: Step) -> Any:
+    """What a step hands on to the next."""
+    return solver.handed_on(problem, step.interval.last, step.after, solver.last_stage(step))
 
 
 SMALL_ARRAY_BYTES = 512

@@ -68,6 +68,10 @@ class AbstractRecorder(eqx.Module):
         """How many notes it takes at a time, at most; None for any number."""
         return None
 
+    def method(self, solver: AbstractSolver) -> AbstractSolver:
+        """The method to take steps with: the same, or one that hands on from step to step what is noted of them."""
+        return solver
+
     @abc.abstractmethod
     def start(self, problem: Problem, layout: Layout, mark: Any) -> Any:
         """The empty record. `mark` is the loop's state at t0, as in `Place`."""

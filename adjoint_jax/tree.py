@@ -147,6 +147,11 @@ def root_mean_squares(tree: Arrays) -> PyTree[Scalar]:
     return map(lambda leaf: jnp.sqrt(jnp.sum(jnp.square(jnp.abs(leaf))) / max(leaf.size, 1)), tree)
 
 
+def unknown_if(predicate: Bool[Array, ""], tree: Arrays) -> Arrays:
+    """The same, or NaN."""
+    return map(lambda leaf: jnp.where(predicate, jnp.nan, leaf), tree)
+
+
 def any_nonzero(tree: Arrays) -> Bool[Array, ""]:
     """Whether any entry is not zero."""
     return functools.reduce(operator.or_, [jnp.any(leaf != 0) for leaf in jax.tree.leaves(tree)], jnp.array(False))

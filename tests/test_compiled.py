@@ -204,6 +204,27 @@ def test_evaluations_of_a_gradient(stepping, adjoint, bounds):
         assert 0 < count <= bound, name
 
 
+@pytest.mark.parametrize(("keep", "again"), [(aj.KeepStates(), 5), (aj.KeepLinearisations(), 0)])
+def test_no_evaluation_is_one_too_many(keep, again):
+    """Two for the first step size, six for every step; and those of earlier stages on the way back, if linearisations are
+    not kept. Where all steps are in one segment, none for steps that are taken again."""
+    tally = Tally()
+
+    def loss(weights):
+        options = {
+            "controller": aj.PIDController(1e-4, 1e-4),
+            "adjoint": CountingAdjoint(aj.DiscreteAdjoint(keep=keep), tally),
+        }
+        solution = aj.solve(lambda t, y, w: jnp.tanh(y @ w[0]) @ w[1] - y, 0.0, 1.0, jnp.ones(16), weights, **options)
+        return jnp.sum(solution.ys**2), solution.stats
+
+    weights = [jnp.ones((16, 128)) / 16, jnp.ones((128, 16)) / 64]
+    stats = jax.block_until_ready(jax.jit(jax.grad(loss, has_aux=True))(weights)[1])
+    steps = int(stats.accepted)
+    assert stats.rejected == 0
+    assert tally.counts == Counts(2 + (6 + again) * steps, 6 * steps, 6 * steps)
+
+
 def evaluations(saveat):
     """Of the vector field, in one gradient."""
     tally = Tally()

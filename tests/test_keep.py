@@ -25,9 +25,12 @@ Y0 = generator.normal(size=(4, 6))
 TS = np.array([0.0, 0.4, 0.41, 1.7])
 
 
+JUMP = 0.9
+
+
 def network(t, y, weights):
     first, second = weights
-    return jnp.tanh(jnp.sin(t) * y @ first) @ second
+    return jnp.tanh(jnp.where(t < JUMP, 1.0, -0.7) * jnp.sin(t) * y @ first) @ second
 
 
 def effort(t, y, weights):
@@ -58,7 +61,10 @@ def gradient(*arguments):
 STEPPING = {
     "grid": (aj.RK4(), aj.FixedSteps(30)),
     "adaptive with dense stages": (HEUN_HERMITE, aj.PIDController(1e-3, 1e-3)),
+    "grid, first stages taken over": (aj.Bosh3(), aj.FixedSteps(25)),
+    "adaptive, first stages taken over": (aj.Tsit5(), aj.PIDController(1e-4, 1e-4, jump_ts=np.array([JUMP]))),
 }
+"""Where first stages are taken over from the step before, so are their linearisations, but not behind a jump."""
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +80,9 @@ def by_states():
         ("linearisations", "grid"),
         pytest.param("few linearisations", "grid", marks=[pytest.mark.slow]),
         ("linearisations", "adaptive with dense stages"),
+        ("linearisations", "grid, first stages taken over"),
+        ("linearisations", "adaptive, first stages taken over"),
+        ("few linearisations", "adaptive, first stages taken over"),
         pytest.param("few stages", "adaptive with dense stages", marks=[pytest.mark.slow]),
     ],
 )
@@ -97,10 +106,10 @@ def test_a_cost_that_is_not_used_has_no_effect(keep):
     compare(*gradients, 1e-12)
 
 
-def compiled(keep):
+def compiled(keep, solver):
     def final(y0, weights):
         adjoint = aj.DiscreteAdjoint(keep=keep)
-        return jnp.sum(aj.solve(network, 0.0, 2.0, y0, weights, solver=aj.RK4(), controller=GRID, adjoint=adjoint).ys)
+        return jnp.sum(aj.solve(network, 0.0, 2.0, y0, weights, solver=solver, controller=GRID, adjoint=adjoint).ys)
 
     return jax.jit(jax.grad(final, (0, 1))).lower(Y0[:1], WEIGHTS).compile()
 
@@ -108,13 +117,14 @@ def compiled(keep):
 GRID = aj.FixedSteps(30)
 
 
-def test_linearisations_are_computed_once_and_weights_not_kept_with_them():
-    """The field's hyperbolic tangents in the compiled loops: four stages forward and, unless their linearisations are kept,
-    four on the way back. What is kept of every stage is of the size of the state, and weights are larger."""
-    states, linearisations = compiled(aj.KeepStates()), compiled(aj.KeepLinearisations())
-    assert states.as_text().count(" tanh(") == linearisations.as_text().count(" tanh(") + 4
+@pytest.mark.parametrize(("solver", "stages"), [(aj.RK4(), 4), (aj.Tsit5(), 6)])
+def test_linearisations_are_computed_once_and_weights_not_kept_with_them(solver, stages):
+    """The field's hyperbolic tangents in the compiled loops: those of the stages forward and, unless their linearisations
+    are kept, as many on the way back. What is kept of every stage is of the size of the state, and weights are larger."""
+    states, linearisations = compiled(aj.KeepStates(), solver), compiled(aj.KeepLinearisations(), solver)
+    assert states.as_text().count(" tanh(") == linearisations.as_text().count(" tanh(") + stages
     more = linearisations.memory_analysis().temp_size_in_bytes - states.memory_analysis().temp_size_in_bytes
-    assert GRID.n * 4 * Y0[:1].nbytes < more < GRID.n * 4 * WEIGHTS.nbytes / 2
+    assert GRID.n * stages * Y0[:1].nbytes < more < GRID.n * stages * WEIGHTS.nbytes / 2
 
 
 def test_other_methods_have_states_alone():

@@ -93,8 +93,8 @@ def saved(inputs: Inputs, integrator: Integrator, outcome: Outcome) -> Saved:
         rows=tuple(next(records).rows for _ in requests.rows),
         states=tree.map(lambda leaf: leaf[:slots], next(records)) if requests.states else None,
         dense=tree.map(lambda leaf: leaf[:slots], next(records)) if requests.dense else None,
-        cost=unknown_if(failed, next(records)) if problem.running_cost is not None else (),
-        y1=unknown_if(failed, integrator.solver.output(outcome.state)),
+        cost=tree.unknown_if(failed, next(records)) if problem.running_cost is not None else (),
+        y1=tree.unknown_if(failed, integrator.solver.output(outcome.state)),
     )
 
 
@@ -179,11 +179,6 @@ def observed_rows(requests: Requests, problem: Problem, states: tuple[Arrays, ..
         return ys if rows.fn is None else jax.vmap(one)(rows.ts, ys, reached_rows(problem, report, rows.ts))
 
     return tuple(observed(rows, ys) for rows, ys in zip(requests.rows, states, strict=True))
-
-
-def unknown_if(blamed: Bool[Array, ""], values: PyTree[Any]) -> PyTree[Any]:
-    """The values, or NaN."""
-    return tree.map(lambda leaf: jnp.where(blamed, jnp.nan, leaf), values)
 
 
 def ends_cotangent(

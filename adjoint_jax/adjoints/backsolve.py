@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float
 
 from adjoint_jax import tree
-from adjoint_jax.adjoints.adjoint import Inputs, relative_distance, unknown_if
+from adjoint_jax.adjoints.adjoint import Inputs, relative_distance
 from adjoint_jax.adjoints.continuous import AbstractContinuousAdjoint, Final, Swept, preceded_by_t0
 from adjoint_jax.adjoints.memory import Kept, Memory
 from adjoint_jax.adjoints.reverse_ode import (
@@ -112,7 +112,7 @@ class BacksolveAdjoint(AbstractContinuousAdjoint):
         h = jnp.abs(way.report.reached - way.problem.t0) / jnp.maximum(way.report.stats.accepted, 1)
         start = ReverseState.beginning(final.t, (final.y, final.a), final.parameters, h)
         end = jax.lax.scan(to_observation, start, observations, reverse=True)[0]
-        a, parameters = unknown_if(end.status != Status.SUCCESS, (end.state[1], end.parameters))
+        a, parameters = tree.unknown_if(end.status != Status.SUCCESS, (end.state[1], end.parameters))
         return Swept(a, parameters, end.status, end.failure)
 
 

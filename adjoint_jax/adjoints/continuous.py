@@ -33,7 +33,6 @@ from adjoint_jax.adjoints.adjoint import (
     recorders,
     saved,
     times_cotangent,
-    unknown_if,
     without_observables,
 )
 from adjoint_jax.adjoints.reverse_ode import Observations
@@ -169,7 +168,7 @@ class _Asked:
             source, self.parameters = _dense_source(way, saved, cotangent)
             self.sources.append(source)
         blamed = failed & ~tree.all_finite((self.y1, self.cost, [row for row in self.rows if row is not None]))
-        self.parameters = unknown_if(blamed, self.parameters)
+        self.parameters = tree.unknown_if(blamed, self.parameters)
 
     def scaled(self, resets: list[Observations]) -> tuple[Observations, Final, Scalar]:
         """All observations in the order of their times, the end of the way, and the scale: all cotangents are divided by

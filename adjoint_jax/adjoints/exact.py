@@ -30,7 +30,6 @@ from adjoint_jax.adjoints.adjoint import (
     recorders,
     saved,
     times_cotangent,
-    unknown_if,
 )
 from adjoint_jax.adjoints.keep import AbstractKeep
 from adjoint_jax.adjoints.memory import Memory
@@ -114,7 +113,7 @@ def backward(
     swept = sweep.observed_at_t0(swept)
     if drift is not None:
         lost = sweep.asked & ~(drift <= adjoint.drift_limit(problem))
-        swept = unknown_if(lost, swept)
+        swept = tree.unknown_if(lost, swept)
         if run.throw:
             status = jnp.where(lost, Status.REVERSE_DRIFT, Status.SUCCESS)
             swept = raise_on_reverse_failure(swept, status, problem.t0)
@@ -185,7 +184,7 @@ class _Sweep:
         asked = (y1, self.cost_cotangent, [g for g in self.row_cotangents if g is not None])
         self.blamed = failed & ~tree.all_finite(asked)
         self.asked = tree.any_nonzero((asked, cotangent.dense, None if cotangent.states is None else cotangent.states.ys))
-        self.y1_cotangent = unknown_if(self.blamed, y1)
+        self.y1_cotangent = tree.unknown_if(self.blamed, y1)
         self.states = self.dense_y0 = self.dense_coefficients = None
         if cotangent.states is not None and not is_zero(cotangent.states.ys):
             self.states = self._per_slot(cotangent.states.ys, self.problem.y0)
@@ -214,7 +213,7 @@ class _Sweep:
         """All steps, from t1 to t0."""
         swept = _Swept(
             self.solver.from_output(self.way.last, self.y1_cotangent),
-            self.gathering.begun(unknown_if(self.blamed, tree.zeros_like(self.problem.parameters)), ~self.blamed),
+            self.gathering.begun(tree.zeros_like(self.problem.parameters), self.blamed),
             tuple(Pulled.nothing(rows, self.way) for rows in self.requests.rows),
         )
         swept, drift = self.trail.walk_back(self.way, self._reverse_segment, swept)

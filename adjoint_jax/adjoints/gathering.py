@@ -38,8 +38,8 @@ class AbstractGathering(abc.ABC):
     """How steps are transposed, and what they say of dJ/dparameters is gathered over the steps of a chunk."""
 
     @abc.abstractmethod
-    def begun(self, parameters: Parameters, are_zero: Bool[Array, ""]) -> Any:
-        """What all chunks say, of which there were none: zeros, or NaN."""
+    def begun(self, zeros: Parameters, unknown: Bool[Array, ""]) -> Any:
+        """What all chunks say, of which there were none: zeros, or NaN if it is unknown."""
 
     @abc.abstractmethod
     def opened(self, so_far: Any, steps: int) -> Any:
@@ -68,9 +68,8 @@ class AtOnce(AbstractGathering):
     def __init__(self, transposed: Callable[[Interval, Any, StepOutputs], tuple[Arrays, Parameters]]):
         self._transposed = transposed
 
-    def begun(self, parameters: Parameters, are_zero: Bool[Array, ""]) -> Parameters:
-        del are_zero
-        return parameters
+    def begun(self, zeros: Parameters, unknown: Bool[Array, ""]) -> Parameters:
+        return tree.unknown_if(unknown, zeros)
 
     def opened(self, so_far: Parameters, steps: int) -> Parameters:
         del steps
@@ -90,10 +89,14 @@ class AtOnce(AbstractGathering):
 
 
 class _Sum(NamedTuple):
-    """dJ/dparameters, and whether they are zero, since nothing was added yet."""
+    """dJ/dparameters; whether they are zero, since nothing was added yet; and whether they are unknown, whatever is added.
+
+    NaN is put in the place of unknown ones in the end, so that zeros depend on nothing and can be written while steps are
+    taken."""
 
     parameters: Parameters
     are_zero: Bool[Array, ""]
+    are_unknown: Bool[Array, ""]
 
 
 class _Gathered(NamedTuple):
@@ -124,8 +127,8 @@ class Together(AbstractGathering):
         of_step = self._stages * tree.size_in_bytes(self._halves.said.passed)
         return self._halves.is_linear and of_step <= tree.size_in_bytes(self._problem.parameters)
 
-    def begun(self, parameters: Parameters, are_zero: Bool[Array, ""]) -> _Sum:
-        return _Sum(parameters, are_zero)
+    def begun(self, zeros: Parameters, unknown: Bool[Array, ""]) -> _Sum:
+        return _Sum(zeros, jnp.array(True), unknown)
 
     def opened(self, so_far: _Sum, steps: int) -> _Gathered:
         return _Gathered(so_far, tree.buffer(steps, tree.buffer(self._stages, self._halves.said)))
@@ -149,8 +152,12 @@ class Together(AbstractGathering):
         def added(so_far: Parameters) -> Parameters:
             return tree.add(so_far, self._halves.sum_of_second(in_a_row))
 
-        parameters, are_zero = gathered.so_far
-        return _Sum(jax.lax.cond(are_zero, sum_alone, added, parameters), jnp.zeros_like(are_zero))
+        parameters, are_zero, are_unknown = gathered.so_far
+        parameters = jax.lax.cond(are_zero, sum_alone, added, parameters)
+        return _Sum(parameters, jnp.zeros_like(are_zero), are_unknown)
 
     def ended(self, so_far: _Sum) -> Parameters:
-        return so_far.parameters
+        def unknown(parameters: Parameters) -> Parameters:
+            return tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), parameters)
+
+        return jax.lax.cond(so_far.are_unknown, unknown, lambda parameters: parameters, so_far.parameters)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, DTypeLike, Float, Int
 
 from adjoint_jax import tree
-from adjoint_jax.adjoints.adjoint import Inputs, unknown_if
+from adjoint_jax.adjoints.adjoint import Inputs
 from adjoint_jax.adjoints.continuous import AbstractContinuousAdjoint, Final, Swept, preceded_by_t0
 from adjoint_jax.adjoints.keep import KeepInterpolants, Polynomial
 from adjoint_jax.adjoints.memory import Memory
@@ -76,7 +76,7 @@ class AbstractInterpolatingAdjoint(AbstractContinuousAdjoint):
         end, left = trail.walk_back(way, sweep.over_segment, stand).carry
         at_t0 = tree.keep_rows(jnp.arange(len(observations.times)) < left, observations.cotangents)
         a = tree.add(end.state, tree.map(lambda leaf: jnp.sum(leaf, axis=0), at_t0))
-        a, parameters = unknown_if(end.status != Status.SUCCESS, (a, end.parameters))
+        a, parameters = tree.unknown_if(end.status != Status.SUCCESS, (a, end.parameters))
         return Swept(a, parameters, end.status, end.failure)
 
 

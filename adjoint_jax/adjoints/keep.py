@@ -37,6 +37,10 @@ class AbstractMemo(eqx.Module):
         del bytes_of_step
         return steps
 
+    def method(self, solver: AbstractSolver) -> AbstractSolver:
+        """The method to take steps with: the same, or one that hands on from step to step what is kept of them."""
+        return solver
+
     @abc.abstractmethod
     def of(self, problem: Problem, solver: AbstractSolver, step: Step, *, interpolated: bool) -> Any:
         """What is kept of a step. `interpolated`: whether the loss may depend on the step's interpolant."""

@@ -15,8 +15,8 @@ from adjoint_jax.lanes import are_lanes
 from adjoint_jax.problem import Interval, Parameters, Problem
 from adjoint_jax.solvers.explicit_runge_kutta import ExplicitRungeKutta, summed
 from adjoint_jax.solvers.linearisation import Linearisation
-from adjoint_jax.solvers.solver import AbstractSolver, Pullback, Step, StepOutputs
-from adjoint_jax.tree import Arrays
+from adjoint_jax.solvers.solver import AbstractSolver, Pullback, Step, StepOutputs, pullback_at
+from adjoint_jax.tree import Arrays, Scalar
 
 STEPS_OF_SEGMENT, SMALL_SEGMENT, MANY_PARAMETERS = 10, 2**22, 2**20
 """Of adaptive integrations: the steps of a segment; bytes that their linearisations may take in any case; and bytes from
@@ -39,6 +39,30 @@ class Linearisations(NamedTuple):
         return self.of_field if problem.running_cost is None else self.of_both
 
 
+class HandedOn(NamedTuple):
+    """What a step takes over: its first stage, and what the pullback there keeps, as in `Linearisations`."""
+
+    slope: Arrays
+    of_field: list[Array]
+    of_both: list[Array]
+
+
+class LinearisingRungeKutta(ExplicitRungeKutta):
+    """A method whose last stage is the next step's first, and which hands on its linearisation, too."""
+
+    def step(self, problem: Problem, interval: Interval, state: Arrays, first: HandedOn | None) -> Step:
+        if first is None:
+            return super().step(problem, interval, state, None)
+        return super().step(problem, interval, state, first.slope)._replace(taken_over=first)
+
+    def handed_on(self, problem: Problem, t: Scalar, state: Arrays, slope: Arrays) -> HandedOn:
+        def residuals(problem: Problem) -> list[Array]:
+            return Linearisation(problem).residuals(jax.tree.leaves(pullback_at(problem, t, state)[1]))
+
+        of_both = [] if problem.running_cost is None else residuals(problem)
+        return HandedOn(slope, residuals(problem.without_cost()), of_both)
+
+
 class KeepLinearisations(AbstractRungeKuttaKeep):
     """Keep the state before each step and the linearisation of the field at its stages, as plain backpropagation does: the
     way back evaluates no field, only pullbacks. Of what a pullback keeps, what does not depend on time and state (weights
@@ -53,17 +77,25 @@ class KeepLinearisations(AbstractRungeKuttaKeep):
 
     what: ClassVar[str] = "linearisations"
 
-    def of(self, problem: Problem, solver: AbstractSolver, step: Step, *, interpolated: bool) -> Linearisations:
+    def method(self, solver: AbstractSolver) -> AbstractSolver:
         runge_kutta = self.runge_kutta(solver)
+        return LinearisingRungeKutta(runge_kutta.tableau) if solver.reuses_last_stage else solver
+
+    def of(self, problem: Problem, solver: AbstractSolver, step: Step, *, interpolated: bool) -> Linearisations:
+        runge_kutta, known = self.runge_kutta(solver), step.taken_over
         stages = step.stages[: runge_kutta.stages_that_matter(interpolated=interpolated)]
 
-        def residuals(problem: Problem) -> list[Array]:
+        def residuals(problem: Problem, of_first: list[list[Array]]) -> list[Array]:
             linear = Linearisation(problem)
-            pullbacks = runge_kutta.pullbacks(problem, step.interval, step.before, stages)
-            return tree.stack([linear.residuals(jax.tree.leaves(pullback)) for pullback in pullbacks])
+            pullbacks = runge_kutta.pullbacks(problem, step.interval, step.before, stages, first=len(of_first))
+            others = [linear.residuals(jax.tree.leaves(pullback)) for pullback in pullbacks]
+            return tree.stack([*of_first, *others])
 
-        of_both = [] if problem.running_cost is None else residuals(problem)
-        return Linearisations(step.before, residuals(problem.without_cost()), of_both)
+        of_field = residuals(problem.without_cost(), [] if known is None else [known.of_field])
+        of_both = []
+        if problem.running_cost is not None:
+            of_both = residuals(problem, [] if known is None else [known.of_both])
+        return Linearisations(step.before, of_field, of_both)
 
     def shapes(self, problem: Problem, solver: AbstractSolver, *, interpolated: bool) -> Linearisations:
         stages = self.runge_kutta(solver).stages_that_matter(interpolated=interpolated)

@@ -239,6 +239,9 @@ class StepRecorder(AbstractRecorder):
     def interpolates(self) -> bool:
         return self.interpolated or self.keep.interpolates
 
+    def method(self, solver: AbstractSolver) -> AbstractSolver:
+        return self.keep.method(solver)
+
     def start(self, problem: Problem, layout: Layout, mark: Mark) -> Tape:
         raise NotImplementedError("A tape is started by a TapeRecorder.")
 

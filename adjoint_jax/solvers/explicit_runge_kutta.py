@@ -1,5 +1,6 @@
 """One step of an explicit Runge-Kutta method, and its transpose."""
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -170,11 +171,14 @@ class ExplicitRungeKutta(AbstractSolver):
             said.append(said_i)
         return tree.add(cotangent.after, cotangent.y0, *mu), said[::-1]
 
-    def pullbacks(self, problem: Problem, interval: Interval, state: Arrays, stages: tuple[Arrays, ...]) -> list[Pullback]:
-        """The linearisations of the rates at the stages: each maps kappa_i and h b_i g to mu_i and the parameters' part."""
+    def pullbacks(
+        self, problem: Problem, interval: Interval, state: Arrays, stages: tuple[Arrays, ...], first: int = 0
+    ) -> list[Pullback]:
+        """The linearisations of the rates at the stages, or at those from `first` on: each maps kappa_i and h b_i g to mu_i
+        and the parameters' part."""
         states = self._states_from_stages(interval, state, stages)
-        times = (stage_time(interval, node) for node in self._nodes)
-        return [pullback_at(problem, t, y)[1] for t, y in zip(times, states, strict=False)]
+        pairs = itertools.islice(zip(self._nodes, states, strict=False), first, None)
+        return [pullback_at(problem, stage_time(interval, node), y)[1] for node, y in pairs]
 
     def _linearised(self, problem: Problem, interval: Interval, y: Arrays, count: int) -> list[Pullback]:
         """The same where the stages are not known. One linearisation of a stage gives k_i and its pullback.

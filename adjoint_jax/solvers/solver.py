@@ -3,7 +3,7 @@
 import abc
 import dataclasses
 from collections.abc import Callable
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import equinox as eqx
 import jax
@@ -36,6 +36,8 @@ class Step(NamedTuple):
     iterations: Int[Array, ""] | None = None
     factor: Scalar | None = None
     """By what a method of variable order wants the step size to change, in place of the controller's own choice."""
+    taken_over: Any = None
+    """What the step before handed on, where that is more than the first stage."""
 
     def reached(self, accepted: Bool[Array, ""]) -> Scalar:
         """The time at which the step is left: its end, or its start if it was not accepted."""
@@ -128,12 +130,18 @@ class AbstractSolver(eqx.Module):
         return problem.field(t, self.output(state))
 
     @abc.abstractmethod
-    def step(self, problem: Problem, interval: Interval, state: Arrays, first: Arrays | None) -> Step:
-        """One step over the interval. `first` is the field at its start if that is known."""
+    def step(self, problem: Problem, interval: Interval, state: Arrays, first: Any) -> Step:
+        """One step over the interval. `first` is what `handed_on` makes of the field at its start, or None if that is not
+        known."""
 
     def last_stage(self, step: Step) -> Arrays:
         """The stage that the next step reuses. Only called if `reuses_last_stage`."""
         raise NotImplementedError(step)
+
+    def handed_on(self, problem: Problem, t: Scalar, state: Arrays, slope: Arrays) -> Any:
+        """What a step from the state takes over, of which the first stage is known. Only called if `reuses_last_stage`."""
+        del problem, t, state
+        return slope
 
     @abc.abstractmethod
     def blank_step(self, t: Scalar, state: Arrays) -> Step:
