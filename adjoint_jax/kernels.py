@@ -55,15 +55,15 @@ _ARITHMETIC = """
     rsqrt select_n sign sin sinh sqrt square stop_gradient sub tan tanh xor
 """
 _SHAPES = """
-    argmax argmin broadcast_in_dim concatenate expand_dims gather iota layout_constraint optimization_barrier pad
+    argmax argmin broadcast_in_dim concatenate cumprod expand_dims gather iota layout_constraint optimization_barrier pad
     reduce_and reduce_max reduce_min reduce_or reduce_prod reduce_sum reshape rev slice split squeeze stack transpose
     unstack
 """
 _PARTS = "dynamic_slice dynamic_update_slice"
 """What reads or writes parts of arrays, which may be large."""
 _CONTROL = """
-    adjoint_jax_stored closed_call cond custom_jvp_call custom_vjp_call custom_vmap_call jit
-    pjit scan while
+    adjoint_jax_small_kernel adjoint_jax_stored closed_call cond custom_jvp_call custom_vjp_call custom_vmap_call
+    jit pjit scan while
 """
 _LOOPS = frozenset(("scan", "while"))
 _OF_ANY_SIZE = frozenset((*_PARTS.split(), *_CONTROL.split()))
@@ -93,6 +93,13 @@ def in_one_kernel(function: Callable[..., Any], *operands: Any) -> Any:
     if not _suits(traced.program.jaxpr, MOST_ENTRIES):
         return traced.results(traced.program(*traced.inputs))
     return traced.by(_kernel_p)
+
+
+def in_a_small_kernel(function: Callable[..., Any], *operands: Any) -> Any:
+    """`function(*operands)`, on a single CPU as one kernel, or as part of a larger one that it is computed in. Lanes of a
+    `vmap` and derivatives outside of such are compiled in the usual way."""
+    traced = _Traced.of(function, operands)
+    return traced.results(_small_kernel_p.bind(*traced.inputs, program=traced.program))
 
 
 def in_blocks(function: Callable[..., Any], *operands: Any) -> Any:
@@ -433,6 +440,27 @@ _kernel_p.def_abstract_eval(_results)
 batching.primitive_batchers[_kernel_p] = _kernel_in_lanes
 ad.primitive_jvps[_kernel_p] = _derivative
 _register(_kernel_p, _evaluated, _kernel)
+
+
+def _small_kernel_in_lanes(
+    operands: Sequence[Any], axes: Sequence[Any], *, program: _Program
+) -> tuple[list[Any], list[int]]:
+    results = jax.vmap(program, tuple(axes))(*operands)
+    return results, [0] * len(results)
+
+
+def _derivative_of_small_kernel(
+    primals: Sequence[Any], tangents: Sequence[Any], *, program: _Program
+) -> tuple[list[Any], list[Any]]:
+    moves = [not isinstance(tangent, ad.Zero) for tangent in tangents]
+    return _derivative_in_the_usual_way(primals, list(compress(tangents, moves)), moves, program, None)
+
+
+_small_kernel_p = Primitive("adjoint_jax_small_kernel")
+_small_kernel_p.def_abstract_eval(lambda *operands, program: [variable.aval for variable in program.jaxpr.outvars])
+batching.primitive_batchers[_small_kernel_p] = _small_kernel_in_lanes
+ad.primitive_jvps[_small_kernel_p] = _derivative_of_small_kernel
+_register(_small_kernel_p, lambda *operands, program: program(*operands), _marked)
 
 
 def _same(*values: Any, lanes: int | None, when: _Storing) -> list[Any]:

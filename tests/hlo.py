@@ -105,6 +105,11 @@ class Program:
 
         return "\n".join(map(spelled, instructions))
 
+    def reached(self, computation: str) -> set[str]:
+        """A computation with all that it calls."""
+        called = {name for instruction in self.computations[computation] for name in instruction.called}
+        return {computation}.union(*map(self.reached, called))
+
     def all(self) -> list[Instruction]:
         """The instructions of all computations."""
         return [i for instructions in self.computations.values() for i in instructions]

@@ -10,7 +10,7 @@ from hlo import Program
 from problems import jit, lotka_volterra
 
 import adjoint_jax as aj
-from adjoint_jax.kernels import MOST_ENTRIES, MOST_LANES, in_one_kernel, stored, stored_in_lanes
+from adjoint_jax.kernels import MOST_ENTRIES, MOST_LANES, in_a_small_kernel, in_one_kernel, stored, stored_in_lanes
 
 X, W = jnp.linspace(0.1, 0.7, 5), jnp.array([0.3, -0.2, 0.9, 0.4, 0.1])
 
@@ -37,10 +37,14 @@ def plain(x, w, unused=jnp.ones((2, 3))):
 
 
 def marked(function, *operands, kernel=False):
-    """How many calls of a compiled program are to stay calls; or those of them that are to be single kernels."""
-    lines = jax.jit(function).lower(*operands).compile().as_text().splitlines()
-    calls = [line for line in lines if " call(" in line and 'inlineable="false"' in line]
-    return sum('small_call="true"' in line or not kernel for line in calls)
+    """How many calls of a compiled program are to stay calls; or those of them that are to be single kernels, without those
+    that are parts of larger ones."""
+    program = Program(jax.jit(function).lower(*operands).compile())
+    calls = [(name, i) for name, body in program.computations.items() for i in body if i.operation == "call"]
+    calls = [(name, call) for name, call in calls if 'inlineable="false"' in call.rest]
+    kernels = [(name, call) for name, call in calls if 'small_call="true"' in call.rest]
+    within = set().union(*(program.reached(name) for _, call in kernels for name in call.called))
+    return sum(name not in within for name, _ in kernels) if kernel else len(calls)
 
 
 def agree(ours, theirs):
@@ -210,15 +214,41 @@ def test_small_solves_and_their_gradients_are_kernels(adjoint):
     assert marked(gradient, RATES, kernel=True) == 2
 
 
-def test_small_stiff_solves_and_their_gradients_are_kernels():
+@pytest.mark.parametrize("solver", [aj.Rodas5P(), aj.Kvaerno5(), aj.BDF()], ids=lambda solver: type(solver).__name__)
+@pytest.mark.parametrize("n", [2, 7])
+def test_small_stiff_solves_and_their_gradients_are_kernels(n, solver):
+    """With the linear systems in them. A step of Rodas5P in seven components is a loop over stages."""
+
     def end(rates):
         def decay(t, y, rates):
-            return jnp.stack([-rates["a"] * y[0] + 0.1 * y[1] ** 2, 100 * (y[0] - y[1])])
+            changes = [100 * (y[i - 1] - y[i]) / (i + y[i] ** 2) for i in range(1, n)]
+            return jnp.stack([-rates["a"] * y[0] + 0.1 * y[1] ** 2, *changes])
 
-        return aj.solve(decay, 0.0, 5.0, jnp.ones(2), rates, solver=aj.Rodas5P(), throw=False).ys[0, 0]
+        return aj.solve(decay, 0.0, 5.0, jnp.ones(n), rates, solver=solver, throw=False).ys[0, 0]
 
     assert marked(end, RATES, kernel=True) == 1
     assert marked(jax.grad(end), RATES, kernel=True) == 2
+
+
+def test_a_small_kernel_is_part_of_a_larger_one_and_plain_in_lanes_and_derivatives():
+    def whole(x, w):
+        return in_one_kernel(lambda x, w: 2 * in_a_small_kernel(damped, jnp.cos(x), w, jnp.ones((2, 3)))[0], x, w)
+
+    def alone(x, w):
+        return in_a_small_kernel(damped, x, w, jnp.ones((2, 3)))
+
+    lanes = jnp.stack([X, 2 * X, -X])
+    assert marked(alone, X, W, kernel=True) == marked(whole, X, W, kernel=True) == 1
+    assert marked(jax.vmap(alone, (0, None)), lanes, W) == 0
+    assert marked(lambda: jax.jvp(alone, (X, W), (W, X))[1]) == 0
+    agree(jit(alone)(X, W), jit(plain)(X, W))
+    agree(jit(whole)(X, W), 2 * jit(plain)(jnp.cos(X), W)[0])
+    agree(jit(jax.vmap(whole, (0, None)))(lanes, W), jnp.stack([whole(x, W) for x in lanes]))
+    agree(jit(jax.vmap(alone, (None, 0)))(X, lanes), jit(jax.vmap(plain, (None, 0)))(X, lanes))
+    agree(jit(lambda: jax.jvp(alone, (X, W), (W, X)))(), jit(lambda: jax.jvp(plain, (X, W), (W, X)))())
+    agree(
+        jit(lambda: jax.jvp(lambda x: alone(x, W), (X,), (W,)))(), jit(lambda: jax.jvp(lambda x: plain(x, W), (X,), (W,)))()
+    )
 
 
 def along(function, rates):

@@ -9,6 +9,7 @@ import pytest
 from problems import compare, jit
 
 import adjoint_jax as aj
+from adjoint_jax.linear.dense import INVERTED, inverted
 from adjoint_jax.linear.jacobian import ravel
 from adjoint_jax.linear.sparse import coloured
 from adjoint_jax.problem import Problem
@@ -33,7 +34,7 @@ def problem(matrix, y, mass=None):
     return Problem(linear_field, None, jnp.asarray(matrix), y, t, t, None if mass is None else jnp.asarray(mass))
 
 
-DENSE = {n: RANDOM.normal(size=(n, n)) for n in (1, 2, 3, 4, 7, 16, 30)}
+DENSE = {n: RANDOM.normal(size=(n, n)) for n in (1, 2, 3, 4, 7, 16, INVERTED, 30)}
 BANDS = [(1, 0, 0), (5, 1, 1), (33, 1, 1), (40, 3, 1), (48, 0, 2), (50, 20, 17), (64, 2, 2)]
 JACOBIANS = [(aj.DenseJacobian(), matrix) for matrix in DENSE.values()]
 JACOBIANS += [(aj.DenseJacobian(lambda t, y, matrix: (1 + t) * matrix), DENSE[7])]
@@ -60,6 +61,30 @@ def test_systems_and_their_transposes(jacobian, matrix, massive):
     whole = (np.eye(n) if mass is None else mass) - 0.13 * 1.5 * matrix
     np.testing.assert_allclose(solved, np.linalg.solve(whole, right), rtol=1e-8, atol=1e-9)
     np.testing.assert_allclose(solved_transposed, np.linalg.solve(whole.T, right), rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 13, INVERTED])
+def test_inverses_by_elimination(n):
+    """Of matrices that need pivots, in two precisions, in lanes that need different ones; derivatives are -X dM X."""
+    matrix = RANDOM.normal(size=(n, n)) * 10.0 ** RANDOM.uniform(-3, 3, size=(n, 1))
+    hollow = np.roll(np.diag(np.arange(1.0, n + 1)), 1, axis=0) + np.triu(RANDOM.normal(size=(n, n)), 2)
+    lanes, single = np.stack([matrix, hollow, matrix[::-1], np.eye(n)]), np.float32(hollow)
+    found = jit(jax.vmap(inverted))(lanes)
+    for one, inverse in zip(lanes, found, strict=True):
+        bound = 20 * n * np.finfo(float).eps * np.linalg.cond(one)
+        expected = np.linalg.inv(one)
+        np.testing.assert_allclose(inverse, expected, rtol=0, atol=bound * np.abs(expected).max())
+        np.testing.assert_array_equal(inverse, jit(inverted)(one))
+    assert jit(inverted)(single).dtype == np.float32
+    np.testing.assert_allclose(jit(inverted)(single) @ single, np.eye(n), atol=1e-4)
+    inverse, along = jit(lambda: jax.jvp(inverted, (jnp.asarray(hollow),), (jnp.asarray(matrix),)))()
+    expected = -inverse @ matrix @ inverse
+    np.testing.assert_allclose(along, expected, rtol=1e-8, atol=1e-9 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("matrix", [np.zeros((3, 3)), np.ones((2, 2)), np.diag([1.0, np.nan])])
+def test_there_is_no_inverse_of_a_singular_matrix(matrix):
+    assert not np.isfinite(inverted(jnp.asarray(matrix))).all()
 
 
 @pytest.mark.parametrize("jacobian", [aj.DenseJacobian(), aj.BandedJacobian(6, 6), aj.KrylovJacobian(rtol=1e-12)])

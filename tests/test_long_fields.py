@@ -8,7 +8,7 @@ from hlo import Program
 
 import adjoint_jax as aj
 from adjoint_jax.diagnostics import memory_plan
-from adjoint_jax.solvers import accompanied, explicit_runge_kutta
+from adjoint_jax.solvers import accompanied, explicit_runge_kutta, rosenbrock
 
 LAYERS, WIDTH = 8, 3
 RANDOM = np.random.default_rng(0)
@@ -27,6 +27,14 @@ CASES = {
     "backsolve on a grid": {"controller": aj.FixedSteps(7), "solver": aj.RK4(), "adjoint": aj.BacksolveAdjoint()},
     "interpolating": {"controller": aj.PIDController(1e-6, 1e-6), "adjoint": aj.InterpolatingAdjoint()},
     "gauss": {"controller": aj.PIDController(1e-6, 1e-6), "adjoint": aj.GaussAdjoint()},
+    "stiff": {"controller": aj.PIDController(1e-6, 1e-6), "saveat": aj.SaveAt(TS), "solver": aj.Rodas5P()},
+    "stiff on a grid": {"controller": aj.FixedSteps(7), "solver": aj.Rosenbrock23()},
+    "mass": {
+        "controller": aj.FixedSteps(7),
+        "solver": aj.Rodas4(),
+        "mass_matrix": np.array([[2.0, 0.3, 0.0], [0.0, 1.0, -0.4], [0.0, 0.0, 0.5]]),
+        "running_cost": lambda t, y, weights: jnp.sum(y**2) * weights[0, 0, 0],
+    },
     "reversible": {
         "controller": aj.FixedSteps(7),
         "solver": aj.Reversible(aj.Bosh3()),
@@ -37,8 +45,13 @@ CASES = {
 
 @pytest.fixture
 def loops(monkeypatch):
-    """Every step of two stages or more counts as long."""
-    monkeypatch.setattr(explicit_runge_kutta, "WRITTEN_OUT_OPERATIONS", LAYERS)
+    count_as_long(monkeypatch)
+
+
+def count_as_long(monkeypatch):
+    """Every step of two stages or more."""
+    for methods in (explicit_runge_kutta, rosenbrock):
+        monkeypatch.setattr(methods, "WRITTEN_OUT_OPERATIONS", LAYERS)
 
 
 def layers(t, y, weights):
@@ -49,7 +62,10 @@ def layers(t, y, weights):
 
 
 def loss(case, y0, weights, t0, t1):
-    return jnp.sum(aj.solve(layers, t0, t1, y0, weights, throw=False, **CASES[case]).ys ** 2)
+    if "mass_matrix" in CASES[case]:
+        t0, t1 = jax.lax.stop_gradient((t0, t1))
+    solution = aj.solve(layers, t0, t1, y0, weights, throw=False, **CASES[case])
+    return sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves((solution.ys, solution.cost)))
 
 
 def gradients(case, dtype=np.float64):
@@ -64,33 +80,37 @@ def compare(found, expected, rtol):
 
 
 @pytest.mark.parametrize(
-    ("case", "dtype", "rtol"), [*((case, np.float64, 1e-11) for case in CASES), ("rows", np.float32, 1e-4)]
+    ("case", "dtype", "rtol"),
+    [*((case, np.float64, 1e-11) for case in CASES), ("rows", np.float32, 1e-4), ("stiff", np.float32, 1e-4)],
 )
 def test_gradients_are_those_of_steps_that_are_written_out(case, dtype, rtol, monkeypatch):
+    monkeypatch.setattr(rosenbrock, "WRITTEN_OUT_OPERATIONS", 10**4)
     expected = gradients(case, dtype)
-    monkeypatch.setattr(explicit_runge_kutta, "WRITTEN_OUT_OPERATIONS", LAYERS)
+    count_as_long(monkeypatch)
     compare(gradients(case, dtype), expected, rtol)
 
 
-def test_forward_mode_agrees(loops):
+@pytest.mark.parametrize("case", ["adaptive", "stiff"])
+def test_forward_mode_agrees(case, loops):
     def end(weights):
-        return aj.solve(layers, 0.0, 1.0, Y0, weights, adjoint=aj.ForwardMode(), **CASES["adaptive"]).ys
+        return aj.solve(layers, 0.0, 1.0, Y0, weights, adjoint=aj.ForwardMode(), **CASES[case]).ys
 
     direction = jnp.asarray(RANDOM.normal(size=WEIGHTS.shape))
     ys, along = jax.jit(lambda w: jax.jvp(end, (w,), (direction,)))(jnp.asarray(WEIGHTS))
-    gradient = gradients("adaptive")[1][1]
+    gradient = gradients(case)[1][1]
     np.testing.assert_allclose(jnp.sum(2 * ys * along), jnp.sum(gradient * direction), rtol=1e-11)
 
 
-def test_in_lanes_a_failure_stays_in_its_lane(loops):
+@pytest.mark.parametrize("case", ["adaptive", "stiff"])
+def test_in_lanes_a_failure_stays_in_its_lane(case, loops):
     y0 = jnp.stack([jnp.asarray(Y0), jnp.full(WIDTH, jnp.nan), 2 * jnp.asarray(Y0)])
 
     def gradient(y0):
-        return jax.grad(lambda w: loss("adaptive", y0, w, 0.0, 1.0))(jnp.asarray(WEIGHTS))
+        return jax.grad(lambda w: loss(case, y0, w, 0.0, 1.0))(jnp.asarray(WEIGHTS))
 
     together = jax.jit(jax.vmap(gradient))(y0)
     assert jnp.isnan(together[1]).all()
-    np.testing.assert_allclose(together[0], gradients("adaptive")[1][1], rtol=0, atol=1e-11)
+    np.testing.assert_allclose(together[0], gradients(case)[1][1], rtol=0, atol=1e-11)
     np.testing.assert_allclose(together[2], jax.jit(gradient)(y0[2]), rtol=0, atol=1e-11)
 
 
@@ -103,8 +123,11 @@ def copies(case):
 def test_compiled_programs_hold_few_copies_of_a_long_field(loops):
     """Two for the first step's size, one for the first slope of steps that are taken again; and one each for the steps, for
     those taken again, for the stages of the transposed step, and for their linearisations, which would be six, written out.
+    For Rodas5P one each for Jacobians, derivatives with respect to time, and those of derivatives along the stages as well:
+    26, written out.
     """
     assert copies("adaptive") <= 7
+    assert copies("stiff") <= 9
 
 
 @pytest.mark.parametrize("case", ["backsolve", "interpolating"])
@@ -127,7 +150,7 @@ def test_an_integrand_that_is_not_finite_where_it_has_no_weight_is_left_out(monk
         return jnp.sum(aj.solve(field, 0.0, 1.0, Y0, power, throw=False, **case).ys)
 
     written_out = jax.jit(jax.grad(final))(2.0)
-    monkeypatch.setattr(explicit_runge_kutta, "WRITTEN_OUT_OPERATIONS", LAYERS)
+    count_as_long(monkeypatch)
     in_loops = jax.jit(jax.grad(lambda power: final(power)))(2.0)
     assert jnp.isfinite(written_out)
     np.testing.assert_allclose(in_loops, written_out, rtol=1e-9)

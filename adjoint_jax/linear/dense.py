@@ -1,13 +1,15 @@
 """The whole Jacobian, and direct solves."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
+from adjoint_jax import tree
+from adjoint_jax.kernels import in_a_small_kernel
 from adjoint_jax.linear.jacobian import AbstractInverse, AbstractJacobian, ravel
 from adjoint_jax.linear.mass import mass_of
 from adjoint_jax.problem import Problem
@@ -30,11 +32,9 @@ class DenseJacobian(AbstractJacobian):
         else:
             jacobian = self._given(self.jac(t, y, problem.args), flat)
         matrix = mass_of(problem, flat) - g.astype(flat.dtype) * jacobian
-        if flat.size <= WRITTEN_OUT:
-            return Inverted(_inverted(matrix))
-        return (
-            Inverted(jnp.linalg.inv(matrix)) if flat.size <= INVERTED else Factorised(*jax.scipy.linalg.lu_factor(matrix))
-        )
+        if flat.size <= INVERTED:
+            return Inverted(in_a_small_kernel(inverted, matrix))
+        return Factorised(*jax.scipy.linalg.lu_factor(matrix))
 
     def _given(self, jacobian: Any, flat: Float[Array, " n"]) -> Float[Array, "n n"]:
         jacobian = jnp.asarray(jacobian, flat.dtype)
@@ -46,12 +46,12 @@ class DenseJacobian(AbstractJacobian):
         return jacobian
 
 
-WRITTEN_OUT = 4
 INVERTED = 24
-"""Matrices of up to so many rows are inverted, by elimination written out or by LAPACK, because products with an inverse
-fuse with what surrounds them; larger ones are factorised. Measured on CPU, alone and in 256 lanes: an inverse and six
-products take 0.7 and 34 us for three rows written out, 2.8 and 270 us with LAPACK's inverse, 5.5 and 940 us with its
-factors. Alone, an inverse and eight products take 14 us for 24 rows and 55 us for 32, factors 19 us and 25 us."""
+"""Matrices of up to so many rows are inverted, since products with an inverse fuse with what surrounds them; and by
+elimination in plain arithmetic, since LAPACK can be no part of a larger kernel. Larger ones are factorised. Measured on a
+CPU, an inverse and eight products in us, by elimination and with LAPACK's inverse: 3 rows 0.16 and 0.95, 8 rows 0.65 and
+1.8, 12 rows 1.7 and 3.7, 20 rows 7 and 8.6, 24 rows 11 and 9.7; in 64 lanes 3 rows 7 and 24, 8 rows 70 and 104, 12 rows 154
+and 201, 20 rows 613 and 576."""
 
 
 class Inverted(AbstractInverse):
@@ -79,15 +79,36 @@ class Factorised(AbstractInverse):
         return jax.scipy.linalg.lu_solve((self.factors, self.pivots), right, trans=1)
 
 
-def _inverted(matrix: Float[Array, "n n"]) -> Float[Array, "n n"]:
-    """The inverse of a small matrix, by Gauss-Jordan elimination with partial pivoting, written out."""
-    n = matrix.shape[0]
-    rows, both = jnp.arange(n), jnp.concatenate([matrix, jnp.eye(n, dtype=matrix.dtype)], axis=1)
-    for k in range(n):
-        pivot_row = jnp.argmax(jnp.where(rows >= k, jnp.abs(both[:, k]), -1.0))
-        is_pivot = (rows == pivot_row)[:, None]
-        pivot = jnp.sum(jnp.where(is_pivot, both, 0), axis=0)
-        both = jnp.where(is_pivot, both[k], both)
-        pivot = pivot / pivot[k]
-        both = (both - both[:, k : k + 1] * pivot).at[k].set(pivot)
-    return both[:, n:]
+class _Elimination(NamedTuple):
+    """Where it stands: the matrix; for every row, the column whose pivot it had, or -1; for every column, that row."""
+
+    matrix: Float[Array, "n n"]
+    column_of: Int[Array, " n"]
+    row_of: Int[Array, " n"]
+
+
+def inverted(matrix: Float[Array, "n n"]) -> Float[Array, "n n"]:
+    """The inverse, by Gauss-Jordan elimination with partial pivoting, in place and without exchanging rows. For a singular
+    matrix it is not finite.
+
+    After k steps, A x = b has been solved for the unknowns of k columns, whose places entries of b have taken: with the
+    pivot a_pk, row p becomes that of x_k, (b_p - sum_{j != k} a_pj x_j) / a_pk, and what it says of x_k is put into all
+    other rows (G. H. Golub and C. F. Van Loan, "Matrix Computations", section 3.4, has the pivots)."""
+    n = len(matrix)
+    if n == 0:
+        return matrix
+    indices = jnp.arange(n, dtype=jnp.int32)
+
+    def eliminate(k: Array, so_far: _Elimination) -> _Elimination:
+        matrix, column_of, row_of = so_far
+        column = tree.take(matrix.T, k)
+        p = jnp.argmax(jnp.where(column_of < 0, jnp.abs(column), -1.0)).astype(jnp.int32)
+        of_p, of_k = indices == p, indices == k
+        row = jnp.where(of_k, 1.0, tree.take(matrix, p)) / tree.take(column, p)
+        others = jnp.where(of_k, 0.0, matrix) - column[:, None] * row
+        matrix = jnp.where(of_p[:, None], row, others)
+        return _Elimination(matrix, jnp.where(of_p, k, column_of), jnp.where(of_k, p, row_of))
+
+    start = _Elimination(matrix, jnp.full(n, -1, jnp.int32), jnp.zeros(n, jnp.int32))
+    solved, column_of, row_of = jax.lax.fori_loop(0, n, eliminate, start)
+    return solved[row_of][:, column_of]

@@ -178,6 +178,9 @@ class BDF(AbstractImplicitSolver):
         return gauss_legendre(3).over(self.interpolant(step))
 
 
+SMALL = 32
+"""Numbers of a state whose differences are transformed in plain arithmetic, which can be part of a kernel."""
+
 SAME_SIZE = 2e-3
 """Steps whose sizes differ by so little, for rounding or to land on a given time, count as equal."""
 
@@ -209,7 +212,10 @@ def _transformed(matrix: Float[Array, "rows rows"], table: Arrays) -> Arrays:
     """The matrix times the rows of the table."""
 
     def product(leaf: Array) -> Array:
-        return jnp.tensordot(matrix.astype(tree.real_dtype(leaf.dtype)), leaf, 1)
+        own = matrix.astype(tree.real_dtype(leaf.dtype))
+        if leaf.size > ROWS * SMALL:
+            return jnp.tensordot(own, leaf, 1)
+        return jnp.sum(own.reshape(ROWS, ROWS, *[1] * (leaf.ndim - 1)) * leaf, axis=1)
 
     return tree.map(product, table)
 
@@ -225,7 +231,7 @@ def _rescaling(k: Array, factor: Scalar) -> Float[Array, "rows rows"]:
 
     used = jnp.arange(ROWS) <= k
     both = used[:, None] & used[None, :]
-    product = jnp.where(both, pascal(factor), 0.0) @ jnp.where(both, pascal(jnp.ones_like(factor)), 0.0)
+    product = _transformed(*(jnp.where(both, pascal(by), 0.0) for by in (factor, jnp.ones_like(factor))))
     return jnp.where(both, product.T, jnp.eye(ROWS, dtype=factor.dtype))
 
 
