@@ -75,6 +75,7 @@ def test_inverses_by_elimination(n):
         expected = np.linalg.inv(one)
         np.testing.assert_allclose(inverse, expected, rtol=0, atol=bound * np.abs(expected).max())
         np.testing.assert_array_equal(inverse, jit(inverted)(one))
+        np.testing.assert_array_equal(inverse, jit(functools.partial(inverted, columns=n + 3))(one))
     assert jit(inverted)(single).dtype == np.float32
     np.testing.assert_allclose(jit(inverted)(single) @ single, np.eye(n), atol=1e-4)
     inverse, along = jit(lambda: jax.jvp(inverted, (jnp.asarray(hollow),), (jnp.asarray(matrix),)))()

@@ -10,8 +10,9 @@ from jaxtyping import Array, Float
 from adjoint_jax import tree
 from adjoint_jax.problem import Interval, Parameters, Problem, Split
 from adjoint_jax.quadrature import Nodes, gauss_legendre
-from adjoint_jax.solvers.implicit_runge_kutta import ESDIRK, AbstractTreatment, Row, Stages, padded
+from adjoint_jax.solvers.implicit_runge_kutta import ESDIRK, AbstractTreatment, Stages
 from adjoint_jax.solvers.solver import AbstractSolver, Step, StepOutputs
+from adjoint_jax.solvers.tableau import Row, padded
 from adjoint_jax.tree import Arrays, Scalar
 
 

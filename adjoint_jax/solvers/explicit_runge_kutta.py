@@ -7,7 +7,6 @@ from typing import TypeVar
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float
 
 from adjoint_jax import tree
@@ -18,7 +17,7 @@ from adjoint_jax.problem import Interval, Parameters, Problem, Rates
 from adjoint_jax.quadrature import Nodes
 from adjoint_jax.solvers.linearisation import in_stored_halves
 from adjoint_jax.solvers.solver import AbstractSolver, Pullback, Step, StepOutputs, pullback_at, stage_time
-from adjoint_jax.solvers.tableau import ButcherTableau
+from adjoint_jax.solvers.tableau import ButcherTableau, padded
 from adjoint_jax.tree import Arrays, Scalar
 
 Said = TypeVar("Said")
@@ -251,8 +250,7 @@ class ExplicitRungeKutta(AbstractSolver):
         return self.tableau.c + self.tableau.dense_c
 
     def _matrix(self, count: int) -> Float[Array, "stages stages"]:
-        rows = (self.tableau.a + self.tableau.dense_a)[:count]
-        return jnp.asarray(np.array([row + (0.0,) * (count - len(row)) for row in rows]))
+        return jnp.asarray(padded((self.tableau.a + self.tableau.dense_a)[:count]))
 
     def _states_from_stages(self, interval: Interval, y: Arrays, stages: tuple[Arrays, ...]) -> list[Arrays]:
         h, rows = interval.end - interval.start, self.tableau.a + self.tableau.dense_a

@@ -21,10 +21,9 @@ from adjoint_jax.problem import Interval, Parameters, Problem, Rates
 from adjoint_jax.quadrature import Nodes
 from adjoint_jax.solvers.newton import SimplifiedNewton, StageEquation, differentiable
 from adjoint_jax.solvers.solver import AbstractImplicitSolver, Step, StepOutputs, pullback_at, stage_time
+from adjoint_jax.solvers.tableau import Row, padded
 from adjoint_jax.tolerance import Tolerance
 from adjoint_jax.tree import Arrays, Scalar
-
-Row = tuple[float, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,11 +86,6 @@ class ESDIRKTableau:
     def matrix(self) -> Float[np.ndarray, "stages stages"]:
         """`a` as a square matrix, without the diagonal."""
         return padded(self.a)
-
-
-def padded(rows: Sequence[Row]) -> Float[np.ndarray, "stages stages"]:
-    """Rows filled up with zeros."""
-    return np.array([row + (0.0,) * (len(rows) - len(row)) for row in rows])
 
 
 def _close(row: Row, total: float) -> bool:

@@ -27,9 +27,8 @@ from adjoint_jax.solvers.solver import (
     through_interpolant,
     with_cost,
 )
+from adjoint_jax.solvers.tableau import Row, padded
 from adjoint_jax.tree import Arrays, Scalar
-
-Row = tuple[float, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,7 +170,7 @@ class Rosenbrock(AbstractImplicitSolver):
     @property
     def _rows(self) -> "_Rows":
         tableau = self.tableau
-        a, c = (jnp.asarray([[*row, *[0.0] * (len(rows) - len(row))] for row in rows]) for rows in (tableau.a, tableau.c))
+        a, c = jnp.asarray(padded(tableau.a)), jnp.asarray(padded(tableau.c))
         return _Rows(a, c, jnp.asarray(tableau.gammas), jnp.asarray(tableau.m), jnp.asarray(tableau.dense))
 
     def blank_step(self, t: Scalar, state: Arrays) -> Step:

@@ -2,8 +2,17 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Float
 
 Row = tuple[float, ...]
+
+
+def padded(rows: Sequence[Row]) -> Float[np.ndarray, "stages stages"]:
+    """Rows below a diagonal as a square matrix, filled up with zeros."""
+    return np.array([row + (0.0,) * (len(rows) - len(row)) for row in rows])
 
 
 @dataclasses.dataclass(frozen=True)
