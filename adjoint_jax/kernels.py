@@ -80,7 +80,7 @@ class _Program:
     def __call__(self, *operands: Any) -> list[Any]:
         left = iter(operands)
         constants = [next(left) if constant is None else constant for constant in self.known]
-        return jax.core.eval_jaxpr(self.jaxpr, constants, *left)
+        return tree.as_jax(jax.core.eval_jaxpr(self.jaxpr, constants, *left))
 
 
 def in_one_kernel(function: Callable[..., Any], *operands: Any) -> Any:

@@ -214,6 +214,17 @@ def test_small_solves_and_their_gradients_are_kernels(adjoint):
     assert marked(gradient, RATES, kernel=True) == 2
 
 
+def test_constants_that_a_program_returns_are_arrays_if_it_is_no_kernel():
+    """On JAX 0.7, the gradient of a solve with a mass matrix, whose count of records is a constant, ended in an error."""
+
+    def results(x):
+        return in_one_kernel(lambda x: (jnp.linalg.svd(x)[1], jnp.zeros((), jnp.int32)), x)
+
+    are_arrays = []
+    jax.jit(lambda x: are_arrays.extend(isinstance(result, jax.Array) for result in results(x)))(jnp.eye(2))
+    assert are_arrays == [True, True]
+
+
 @pytest.mark.parametrize("solver", [aj.Rodas5P(), aj.Kvaerno5(), aj.BDF()], ids=lambda solver: type(solver).__name__)
 @pytest.mark.parametrize("n", [2, 7])
 def test_small_stiff_solves_and_their_gradients_are_kernels(n, solver):
