@@ -29,6 +29,7 @@ CASES = {
     "gauss": {"controller": aj.PIDController(1e-6, 1e-6), "adjoint": aj.GaussAdjoint()},
     "stiff": {"controller": aj.PIDController(1e-6, 1e-6), "saveat": aj.SaveAt(TS), "solver": aj.Rodas5P()},
     "stiff on a grid": {"controller": aj.FixedSteps(7), "solver": aj.Rosenbrock23()},
+    "Krylov": {"controller": aj.FixedSteps(7), "solver": aj.Rosenbrock23(jacobian=aj.KrylovJacobian(rtol=1e-14))},
     "mass": {
         "controller": aj.FixedSteps(7),
         "solver": aj.Rodas4(),
