@@ -126,6 +126,7 @@ def kernels(field, y, rates):
 
 
 def test_a_solve_is_fewer_kernels():
+    """In the loop over a step's stages, and wherever else the field is evaluated: one for each of its equations."""
     _, y, rates = inputs()
 
     same = jax.custom_jvp(lambda x: x)
@@ -135,4 +136,4 @@ def test_a_solve_is_fewer_kernels():
         """No selections are made where something has a derivative of its own."""
         return stacked(t, same(y), args)
 
-    assert kernels(stacked, y, rates) < 0.7 * kernels(kept, y, rates)
+    assert kernels(stacked, y, rates) <= kernels(kept, y, rates) - 3 * EQUATIONS
