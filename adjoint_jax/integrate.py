@@ -533,7 +533,8 @@ class _GridLoop(NamedTuple):
         assert steps is not None
         segment = even_segment(steps, self._longest_segment())
         slots = round_up(steps, segment)
-        start = self._pace(problem.t0, self.solver.start(problem))
+        state = self.solver.start(problem)
+        start = self._pace(state, lambda: _evaluated(problem, self.solver, problem.t0, state))
         layout = Layout(slots, segment, segment)
         records = tuple(recorder.start(problem, layout, start.mark) for recorder in self.recorders)
 
@@ -574,9 +575,9 @@ class _GridLoop(NamedTuple):
         is_smooth = not isinstance(self.controller, AbstractStepSize) or self.controller.jump_ts is None
         return self.solver.reuses_last_stage and is_smooth
 
-    def _pace(self, t: Scalar, state: Arrays) -> _Pace:
-        slope = _evaluated(self.problem, self.solver, t, state) if self._reuses_last_stage else None
-        return _Pace(state, slope, _zero())
+    def _pace(self, state: Arrays, slope: Callable[[], Any]) -> _Pace:
+        """At a state, with what a step from it takes over if it takes over anything."""
+        return _Pace(state, slope() if self._reuses_last_stage else None, _zero())
 
     def again(self, mark: Mark, stretch: Stretch, records: tuple[Any, ...]) -> tuple[Mark, tuple[Any, ...]]:
         first = self.grid.at(stretch.slot)
@@ -590,10 +591,7 @@ class _GridLoop(NamedTuple):
             place = Place(slot, position, first, mark)
             return pace, tuple(recorder.write(record, place, note) for recorder, record, note in triples)
 
-        slope = None
-        if self._reuses_last_stage:
-            slope = _evaluated_for(stretch, self.problem, self.solver, first, mark.state)
-        pace = _Pace(mark.state, slope, _zero())
+        pace = self._pace(mark.state, lambda: _evaluated_for(stretch, self.problem, self.solver, first, mark.state))
         pace, records = jax.lax.fori_loop(0, stretch.steps, take_stride, (pace, records))
         return pace.mark, records
 
@@ -645,7 +643,7 @@ def _evaluated(problem: Problem, solver: AbstractSolver, t: Scalar, state: Array
 
 
 def _evaluated_for(stretch: Stretch, problem: Problem, solver: AbstractSolver, t: Scalar, state: Arrays) -> Any:
-    """The same, or zeros if there is no step."""
+    """The same, or zeros if there is no step. In scalars an evaluation takes no longer than the choice."""
 
     def evaluated() -> Any:
         return _evaluated(problem, solver, t, state)

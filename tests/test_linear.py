@@ -9,7 +9,7 @@ import pytest
 from problems import compare, jit
 
 import adjoint_jax as aj
-from adjoint_jax.linear.dense import INVERTED, inverted
+from adjoint_jax.linear.dense import INVERTED, NARROW, inverted
 from adjoint_jax.linear.jacobian import ravel
 from adjoint_jax.linear.sparse import coloured
 from adjoint_jax.problem import Problem
@@ -81,6 +81,29 @@ def test_inverses_by_elimination(n):
     inverse, along = jit(lambda: jax.jvp(inverted, (jnp.asarray(hollow),), (jnp.asarray(matrix),)))()
     expected = -inverse @ matrix @ inverse
     np.testing.assert_allclose(along, expected, rtol=1e-8, atol=1e-9 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("n", [NARROW, INVERTED])
+def test_dense_systems_in_lanes_and_their_derivatives(n):
+    """Rows are filled up alone, above a size, and not in lanes: the solutions are the same, and their derivatives."""
+    matrix, right, direction = RANDOM.normal(size=(n, n)), jnp.asarray(RANDOM.normal(size=n)), RANDOM.normal(size=(n, n))
+
+    def solved(g, matrix):
+        y = jnp.ones(n)
+        return aj.DenseJacobian().inverse(problem(matrix, y), jnp.array(0.5), y, g).solve(right)
+
+    def both(g):
+        return jax.jvp(functools.partial(solved, g), (jnp.asarray(matrix),), (jnp.asarray(direction),))
+
+    gs = jnp.array([0.02, -0.13])
+    together = jit(jax.vmap(both))(gs)
+    for i, g in enumerate(gs):
+        whole = np.eye(n) - float(g) * 1.5 * matrix
+        x = np.linalg.solve(whole, right)
+        expected = x, np.linalg.solve(whole, float(g) * 1.5 * direction @ x)
+        for found in (jit(both)(g), tuple(leaf[i] for leaf in together)):
+            for a, b in zip(found, expected, strict=True):
+                np.testing.assert_allclose(a, b, rtol=0, atol=1e-9 * np.abs(b).max())
 
 
 @pytest.mark.parametrize("matrix", [np.zeros((3, 3)), np.ones((2, 2)), np.diag([1.0, np.nan])])

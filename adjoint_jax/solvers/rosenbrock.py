@@ -119,7 +119,7 @@ class Rosenbrock(AbstractImplicitSolver):
 
     def _solved(self, problem: Problem, interval: Interval, y: Arrays, inverse: AbstractInverse) -> Step:
         tableau = self.tableau
-        stages = self._looped(problem, self._stages_in_a_loop, self._stages_written_out)(problem, interval, y, inverse)
+        stages = self._by_length(problem, self._stages_in_a_loop, self._stages_written_out)(problem, interval, y, inverse)
         return Step(
             interval=interval,
             before=y,
@@ -128,7 +128,7 @@ class Rosenbrock(AbstractImplicitSolver):
             error=tree.weighted_sum(tableau.error, stages),
         )
 
-    def _looped(self, problem: Problem, loop: Callable[..., Any], written_out: Callable[..., Any]) -> Callable[..., Any]:
+    def _by_length(self, problem: Problem, loop: Callable[..., Any], written_out: Callable[..., Any]) -> Callable[..., Any]:
         """The first for long steps, the second for others and in lanes."""
         is_long = len(self.tableau.m) * problem.operations > WRITTEN_OUT_OPERATIONS
         return in_lanes(loop, written_out) if is_long else written_out
@@ -216,7 +216,7 @@ class Rosenbrock(AbstractImplicitSolver):
                 problem, self.interpolant(step), self.dense_degree, self._rule, cotangent
             )
             problem = problem.without_cost()
-        transposed = self._looped(problem, self._transposed_in_a_loop, self._transposed_written_out)
+        transposed = self._by_length(problem, self._transposed_in_a_loop, self._transposed_written_out)
         through, kappas, gradient = transposed(problem, step, inverse, cotangent)
         through_jacobian, of_jacobian = self._through_linearisation(problem, step, kappas)
         y, gradient = tree.add(cotangent.after, cotangent.y0, through, through_jacobian), tree.add(gradient, of_jacobian)
