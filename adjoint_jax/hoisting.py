@@ -160,7 +160,8 @@ def programs_of(equation: Any) -> list[Any]:
 
 
 def _programs(value: Any) -> list[Any]:
-    """Those in a parameter of an equation."""
+    """Those in a parameter of an equation. Of a linear system's, which have names, only what solves it is called."""
+    value = getattr(value, "solve", value)
     if isinstance(value, tuple | list):
         return [program for entry in value for program in _programs(entry)]
     program = getattr(value, "jaxpr", value)

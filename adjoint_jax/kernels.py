@@ -62,8 +62,8 @@ _SHAPES = """
 _PARTS = "dynamic_slice dynamic_update_slice"
 """What reads or writes parts of arrays, which may be large."""
 _CONTROL = """
-    adjoint_jax_small_kernel adjoint_jax_stored closed_call cond custom_jvp_call custom_vjp_call custom_vmap_call
-    jit pjit scan while
+    adjoint_jax_small_kernel adjoint_jax_stored closed_call cond custom_jvp_call custom_linear_solve custom_vjp_call
+    custom_vmap_call jit pjit scan while
 """
 _LOOPS = frozenset(("scan", "while"))
 _OF_ANY_SIZE = frozenset((*_PARTS.split(), *_CONTROL.split()))
@@ -99,6 +99,8 @@ def in_a_small_kernel(function: Callable[..., Any], *operands: Any) -> Any:
     """`function(*operands)`, on a single CPU as one kernel, or as part of a larger one that it is computed in. Lanes of a
     `vmap` and derivatives outside of such are compiled in the usual way."""
     traced = _Traced.of(function, operands)
+    if not all(operand.size for operand in traced.inputs):
+        return traced.results(traced.program(*traced.inputs))
     return traced.results(_small_kernel_p.bind(*traced.inputs, program=traced.program))
 
 

@@ -241,6 +241,20 @@ def test_small_stiff_solves_and_their_gradients_are_kernels(n, solver):
     assert marked(jax.grad(end), RATES, kernel=True) == 2
 
 
+@pytest.mark.parametrize("solver", [aj.Rodas5P, aj.Kvaerno5, aj.BDF])
+def test_so_are_those_with_bands(solver):
+    def end(rates):
+        def diffusion(t, y, rates):
+            padded = jnp.pad(y, 1)
+            return 30 * rates["a"] * (padded[2:] - 2 * y + padded[:-2]) - y**3
+
+        jacobian = aj.BandedJacobian(1, 1)
+        return aj.solve(diffusion, 0.0, 1.0, jnp.arange(8.0), rates, solver=solver(jacobian), throw=False).ys[0, 0]
+
+    assert marked(end, RATES, kernel=True) == 1
+    assert marked(jax.grad(end), RATES, kernel=True) == 2
+
+
 def test_a_small_kernel_is_part_of_a_larger_one_and_plain_in_lanes_and_derivatives():
     def whole(x, w):
         return in_one_kernel(lambda x, w: 2 * in_a_small_kernel(damped, jnp.cos(x), w, jnp.ones((2, 3)))[0], x, w)

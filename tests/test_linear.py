@@ -1,6 +1,7 @@
 """Jacobians and the systems with them, against dense matrices; reaction and diffusion with each of them."""
 
 import functools
+import tracemalloc
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,9 @@ import pytest
 from problems import compare, jit
 
 import adjoint_jax as aj
+from adjoint_jax.linear import banded as of_bands
+from adjoint_jax.linear.band import Band, BandFactors
+from adjoint_jax.linear.block_tridiagonal import BlockTridiagonal
 from adjoint_jax.linear.dense import INVERTED, NARROW, inverted
 from adjoint_jax.linear.jacobian import ravel
 from adjoint_jax.linear.sparse import coloured
@@ -109,6 +113,106 @@ def test_dense_systems_in_lanes_and_their_derivatives(n):
 @pytest.mark.parametrize("matrix", [np.zeros((3, 3)), np.ones((2, 2)), np.diag([1.0, np.nan])])
 def test_there_is_no_inverse_of_a_singular_matrix(matrix):
     assert not np.isfinite(inverted(jnp.asarray(matrix))).all()
+
+
+def band_of(matrix, lower, upper):
+    rows = np.arange(len(matrix))[:, None]
+    columns = rows + np.arange(-lower, upper + 1)
+    inside = (columns >= 0) & (columns < len(rows))
+    return Band(jnp.where(inside, matrix[rows, np.clip(columns, 0, len(rows) - 1)], 0), lower, upper)
+
+
+@pytest.mark.parametrize(("n", "lower", "upper"), [(1, 1, 1), (2, 1, 1), (33, 1, 1), (40, 3, 1), (48, 1, 2), (50, 20, 17)])
+@pytest.mark.parametrize("method", [BandFactors, BlockTridiagonal])
+def test_bands(method, n, lower, upper):
+    """In lanes and one by one, in two precisions."""
+    lanes = jnp.stack([banded(n, lower, upper) + 4 * jnp.eye(n) for _ in range(2)])
+    rights = RANDOM.normal(size=(2, n))
+
+    def both(matrix, right):
+        inverse = method.of(band_of(matrix, lower, upper))
+        return inverse.times(right), inverse.transposed_times(right)
+
+    one, found = jit(both), jit(jax.vmap(both))(lanes, rights)
+    for matrix, right, solved, transposed in zip(lanes, rights, *found, strict=True):
+        for a, b in ((solved, np.linalg.solve(matrix, right)), (transposed, np.linalg.solve(matrix.T, right))):
+            np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-9)
+        alone = one(matrix, right)
+        np.testing.assert_allclose(alone, (solved, transposed), rtol=1e-11, atol=1e-12)
+        single = one(*map(jnp.float32, (matrix, right)))
+        assert {leaf.dtype for leaf in single} == {np.dtype(np.float32)}
+        np.testing.assert_allclose(single, alone, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("lower", [1, 2, 5])
+def test_rows_of_a_band_are_exchanged(lower):
+    """Nothing stands on the diagonal, and rows differ in size: as accurate as with the whole matrix."""
+    n = 61
+    matrix = banded(n, lower, 1)
+    matrix[np.arange(1, n), np.arange(n - 1)] = 3.0
+    np.fill_diagonal(matrix, 1e-12)
+    matrix *= 10.0 ** RANDOM.uniform(-3, 3, size=(n, 1))
+    x, inverse = RANDOM.normal(size=n), BandFactors.of(band_of(matrix, lower, 1))
+    assert np.any(inverse.factors.exchanged > 0)
+    for solved, whole in ((inverse.times, matrix), (inverse.transposed_times, matrix.T)):
+        right = whole @ x
+        error = np.abs(np.asarray(solved(jnp.asarray(right))) - x).max()
+        assert error <= 100 * np.abs(np.linalg.solve(whole, right) - x).max() + 1e-13
+
+
+def test_bands_without_an_inverse_have_none():
+    assert not np.isfinite(BandFactors.of(band_of(np.zeros((5, 5)), 1, 1)).times(jnp.ones(5))).any()
+
+
+@pytest.mark.parametrize("transform", [lambda f: f, jit])
+def test_derivatives_of_solutions_with_bands(transform):
+    """dx = A^-1 (dr - dA x), forward and in reverse."""
+    n, lower, upper = 9, 2, 1
+    matrix, dots = banded(n, lower, upper) + 3 * np.eye(n), banded(n, lower, upper)
+    right, right_dot, weights = RANDOM.normal(size=(3, n))
+    band, band_dot = band_of(matrix, lower, upper), band_of(dots, lower, upper)
+    for transposed in (False, True):
+
+        def solved(rows, right, transposed=transposed):
+            inverse = BandFactors.of(Band(rows, lower, upper))
+            return inverse.transposed_times(right) if transposed else inverse.times(right)
+
+        a, a_dot = (matrix.T, dots.T) if transposed else (matrix, dots)
+        x = np.linalg.solve(a, right)
+        expected = np.linalg.solve(a, right_dot - a_dot @ x)
+        moved = transform(lambda *dots, solved=solved: jax.jvp(solved, (band.rows, right), dots))
+        compare(moved(band_dot.rows, right_dot), (x, expected), 1e-10)
+        pulled = transform(lambda weights, solved=solved: jax.vjp(solved, band.rows, right)[1](weights))
+        rows_bar, right_bar = pulled(weights)
+        np.testing.assert_allclose(jnp.vdot(rows_bar, band_dot.rows) + right_bar @ right_dot, weights @ expected, rtol=1e-9)
+
+
+def test_how_bands_are_solved_depends_on_width_and_device(monkeypatch):
+    def inverse(width):
+        jacobian = aj.BandedJacobian(width // 2, width // 2)
+        return type(jacobian.inverse(problem(np.eye(80), jnp.ones(80)), jnp.array(0.5), jnp.ones(80), jnp.array(0.1)))
+
+    assert [inverse(width) for width in (3, of_bands.NARROW, of_bands.NARROW + 2)] == [BandFactors] * 2 + [BlockTridiagonal]
+    monkeypatch.setattr(of_bands, "on_one_cpu", lambda: False)
+    assert inverse(3) is BlockTridiagonal
+
+
+def test_bands_take_memory_for_the_band_alone():
+    n = 20_000
+
+    def solved(y):
+        return aj.BandedJacobian(1, 1).inverse(diffusion, jnp.array(0.5), y, jnp.array(0.1)).times(y)
+
+    t, y = jnp.array(0.5), jnp.ones(n)
+    diffusion = Problem(lambda t, y, args: jnp.pad(y, 1)[2:] - 2 * y + jnp.pad(y, 1)[:-2], None, None, y, t, t)
+    tracemalloc.start()
+    compiled = jax.jit(solved).lower(y).compile()
+    traced, analysis = tracemalloc.get_traced_memory()[1], compiled.memory_analysis()
+    tracemalloc.stop()
+    assert traced + analysis.temp_size_in_bytes < n**2 / 20
+    x = np.asarray(compiled(y))
+    residual = 1.2 * x - 0.1 * (np.pad(x, 1)[2:] + np.pad(x, 1)[:-2]) - 1
+    np.testing.assert_allclose(residual, 0, atol=1e-12)
 
 
 @pytest.mark.parametrize("jacobian", [aj.DenseJacobian(), aj.BandedJacobian(6, 6), aj.KrylovJacobian(rtol=1e-12)])

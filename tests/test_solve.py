@@ -339,6 +339,21 @@ def test_empty_states_are_solved_too(y0, controller):
     assert all(leaf.shape == (1, 0) for leaf in jax.tree.leaves(solution.ys[0]))
 
 
+@pytest.mark.parametrize("solver", [aj.Rodas5P, aj.Kvaerno5, aj.BDF])
+@pytest.mark.parametrize(
+    "jacobian",
+    [aj.DenseJacobian(), aj.BandedJacobian(1, 1), aj.SparseJacobian(np.zeros((0, 0))), aj.KrylovJacobian()],
+    ids=type,
+)
+def test_empty_states_have_linear_systems_too(jacobian, solver):
+    def end(y0, rate):
+        return jnp.sum(aj.solve(lambda t, y, rate: rate * y, 0.0, 1.0, y0, rate, solver=solver(jacobian)).ys)
+
+    value, (of_y0, of_rate) = jax.value_and_grad(end, (0, 1))(jnp.zeros((2, 0)), -1.0)
+    assert value == of_rate == 0
+    assert of_y0.shape == (2, 0)
+
+
 def test_a_complex_state_rotates():
     y0 = np.array([1.0 + 1.0j, 2.0])
     ts = np.linspace(0.0, 3.0, 7)

@@ -116,9 +116,28 @@ def is_zero(cotangent: PyTree[Any]) -> bool:
     return not jax.tree.leaves(cotangent)
 
 
-def cost_cotangent(problem: Problem, cotangent: PyTree[Any], failed: Bool[Array, ""]) -> Arrays:
-    """dJ/dcost; () for a problem without a cost."""
-    return () if problem.running_cost is None else blame(materialise(cotangent, problem.zero_cost()), failed)
+class AtEnd(NamedTuple):
+    """What the loss says of the end of a solve: dJ/dy1, and dJ/dcost, which is () for a problem without a cost; and whether
+    it asks for anything that was not reached, there or at save times.
+
+    If so, both are NaN. If the solve failed and nothing is asked, they are zero, so that a failed lane whose value the loss
+    has masked out gives no NaN to what the lanes share."""
+
+    y1: Arrays
+    cost: Arrays
+    is_lost: Bool[Array, ""]
+
+    @staticmethod
+    def of(problem: Problem, report: Report, cotangent: Saved, rows: Sequence[Arrays | None]) -> "AtEnd":
+        """`rows`: what the loss says of save times, as `blame` leaves it."""
+        y1 = materialise(cotangent.y1, problem.y0)
+        cost = () if problem.running_cost is None else materialise(cotangent.cost, problem.zero_cost())
+        failed = report.status != Status.SUCCESS
+        known = tree.all_finite([row for row in rows if row is not None])
+        is_lost = failed & (tree.any_nonzero((y1, cost)) | ~known)
+        nothing = tree.zeros_like((y1, cost))
+        y1, cost = tree.unknown_if(is_lost, tree.where(failed, nothing, (y1, cost)))
+        return AtEnd(y1, cost, is_lost)
 
 
 def relative_distance(y: Arrays, known: Arrays, size: PyTree[Scalar]) -> Scalar:

@@ -18,11 +18,11 @@ from jaxtyping import Array, Float, Int, PyTree
 from adjoint_jax import tree
 from adjoint_jax.adjoints.adjoint import (
     AbstractAdjoint,
+    AtEnd,
     Inputs,
     Run,
     Saved,
     blame,
-    cost_cotangent,
     ends_cotangent,
     integrate,
     is_zero,
@@ -147,13 +147,11 @@ class _Asked:
     def __init__(self, way: Way, requests: Requests, saved: Saved, cotangent: Saved):
         self.way, self.saved = way, saved
         problem, report = way.problem, way.report
-        failed = report.status != Status.SUCCESS
         self.rows = [
             None if is_zero(row) else blame(materialise(row, ys), ~reached_rows(problem, report, rows.ts))
             for rows, ys, row in zip(requests.rows, saved.rows, cotangent.rows, strict=True)
         ]
-        self.y1 = blame(materialise(cotangent.y1, saved.y1), failed)
-        self.cost = cost_cotangent(problem, cotangent.cost, failed)
+        self.y1, self.cost, is_lost = AtEnd.of(problem, report, cotangent, self.rows)
         self.sources = [
             Observations(rows.ts, ys, row)
             for rows, ys, row in zip(requests.rows, saved.rows, self.rows, strict=True)
@@ -167,8 +165,7 @@ class _Asked:
         if cotangent.dense is not None and not is_zero((cotangent.dense.y0, cotangent.dense.coefficients)):
             source, self.parameters = _dense_source(way, saved, cotangent)
             self.sources.append(source)
-        blamed = failed & ~tree.all_finite((self.y1, self.cost, [row for row in self.rows if row is not None]))
-        self.parameters = tree.unknown_if(blamed, self.parameters)
+        self.parameters = tree.unknown_if(is_lost, self.parameters)
 
     def scaled(self, resets: list[Observations]) -> tuple[Observations, Final, Scalar]:
         """All observations in the order of their times, the end of the way, and the scale: all cotangents are divided by

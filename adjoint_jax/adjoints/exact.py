@@ -16,11 +16,11 @@ from jaxtyping import Array, Int, PyTree
 from adjoint_jax import tree
 from adjoint_jax.adjoints.adjoint import (
     AbstractAdjoint,
+    AtEnd,
     Inputs,
     Run,
     Saved,
     blame,
-    cost_cotangent,
     ends_cotangent,
     integrate,
     is_zero,
@@ -112,7 +112,7 @@ def backward(
     swept, drift = problem.compute(sweep.run, interpolated=requests.interpolated)
     swept = sweep.observed_at_t0(swept)
     if drift is not None:
-        lost = sweep.asked & ~(drift <= adjoint.drift_limit(problem))
+        lost = tree.any_nonzero(cotangent[0]) & ~(drift <= adjoint.drift_limit(problem))
         swept = tree.unknown_if(lost, swept)
         if run.throw:
             status = jnp.where(lost, Status.REVERSE_DRIFT, Status.SUCCESS)
@@ -123,8 +123,8 @@ def backward(
 
     a0, parameters = jax.vjp(start, problem.y0, problem.parameters)[1](swept.a)
     parameters = tree.add(swept.parameters, parameters)
-    at_t1 = solver.output(residuals.last), sweep.y1_cotangent
-    ends = ends_cotangent(problem, integrator, perturbed.problem, at_t1, a0, sweep.cost_cotangent)
+    at_t1 = solver.output(residuals.last), sweep.at_end.y1
+    ends = ends_cotangent(problem, integrator, perturbed.problem, at_t1, a0, sweep.at_end.cost)
     rows = []
     for request, states, g, pulled in zip(
         requests.rows, residuals.row_states, sweep.row_cotangents, swept.rows, strict=True
@@ -177,14 +177,8 @@ class _Sweep:
         assert isinstance(keep, AbstractKeep)
         self.keep = keep
         self.gathering = keep.gathering(self.problem, self.solver, interpolated=requests.interpolated)
-        failed = way.report.status != Status.SUCCESS
         self.row_cotangents = [self._rows(*pair) for pair in zip(requests.rows, cotangent.rows, strict=True)]
-        y1 = blame(materialise(cotangent.y1, self.problem.y0), failed)
-        self.cost_cotangent = cost_cotangent(self.problem, cotangent.cost, failed)
-        asked = (y1, self.cost_cotangent, [g for g in self.row_cotangents if g is not None])
-        self.blamed = failed & ~tree.all_finite(asked)
-        self.asked = tree.any_nonzero((asked, cotangent.dense, None if cotangent.states is None else cotangent.states.ys))
-        self.y1_cotangent = tree.unknown_if(self.blamed, y1)
+        self.at_end = AtEnd.of(self.problem, way.report, cotangent, self.row_cotangents)
         self.states = self.dense_y0 = self.dense_coefficients = None
         if cotangent.states is not None and not is_zero(cotangent.states.ys):
             self.states = self._per_slot(cotangent.states.ys, self.problem.y0)
@@ -212,8 +206,8 @@ class _Sweep:
     def run(self) -> Walked:
         """All steps, from t1 to t0."""
         swept = _Swept(
-            self.solver.from_output(self.way.last, self.y1_cotangent),
-            self.gathering.begun(tree.zeros_like(self.problem.parameters), self.blamed),
+            self.solver.from_output(self.way.last, self.at_end.y1),
+            self.gathering.begun(tree.zeros_like(self.problem.parameters), self.at_end.is_lost),
             tuple(Pulled.nothing(rows, self.way) for rows in self.requests.rows),
         )
         swept, drift = self.trail.walk_back(self.way, self._reverse_segment, swept)
@@ -272,7 +266,7 @@ class _Sweep:
             y1, y0, coefficients = tree.map(lambda leaf: leaf[0], of_step)
             a = swept.a if y1 is None else tree.add(swept.a, self.solver.from_output(state, y1))
             y0 = tree.zeros_like(self.problem.y0) if y0 is None else y0
-            cotangent = StepOutputs(a, y0, coefficients, self.cost_cotangent)
+            cotangent = StepOutputs(a, y0, coefficients, self.at_end.cost)
             through, said = self.gathering.transposed(interval, kept, cotangent)
             taken = start != end
             through = tree.where(taken, through, tree.add(a, self.solver.from_output(state, y0)))

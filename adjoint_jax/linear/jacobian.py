@@ -33,13 +33,13 @@ class AbstractInverse(eqx.Module):
     def solve(self, right: Arrays) -> Arrays:
         """The inverse times a tangent of the state."""
         flat, unravel = ravel(right)
-        return unravel(self.times(flat))
+        return unravel(self.times(flat)) if flat.size else right
 
     def solve_transposed(self, right: Arrays) -> Arrays:
         """The transposed inverse times a cotangent of the state. JAX pairs a complex cotangent a + i b with a tangent
         x + i y to a x - b y, so the real numbers of a cotangent are those of its conjugate."""
         flat, unravel = ravel(tree.map(jnp.conj, right))
-        return tree.map(jnp.conj, unravel(self.transposed_times(flat)))
+        return tree.map(jnp.conj, unravel(self.transposed_times(flat))) if flat.size else right
 
 
 class AbstractJacobian(eqx.Module):

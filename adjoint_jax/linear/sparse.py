@@ -5,7 +5,7 @@ derivative: A. R. Curtis, M. J. D. Powell and J. K. Reid, "On the estimation of 
 Math. 13 (1974).
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -44,10 +44,9 @@ class SparseJacobian(AbstractJacobian):
                 f"SparseJacobian(sparsity) must have the shape {(flat.size, flat.size)}, for a state of {flat.size} real "
                 f"numbers, got {pattern.shape}."
             )
-        rows, columns = np.nonzero(pattern)
-        colours = coloured(pattern)
-        entries = compressed(problem, t, y, colours, pattern)[colours[columns], rows]
-        jacobian = jnp.zeros(pattern.shape, flat.dtype).at[rows, columns].set(entries)
+        places = Places.of(pattern)
+        entries = compressed(problem, t, y, coloured(pattern), places)
+        jacobian = jnp.zeros(pattern.shape, flat.dtype).at[np.arange(flat.size)[:, None], places.columns].add(entries)
         return Factorised(*jax.scipy.linalg.lu_factor(mass_of(problem, flat) - g.astype(flat.dtype) * jacobian))
 
 
@@ -81,20 +80,31 @@ def coloured(pattern: Bool[np.ndarray, "n n"]) -> Int[np.ndarray, " n"]:
     return colours
 
 
+class Places(NamedTuple):
+    """The columns in which each row of a matrix may have entries; rows of fewer go on with places that are none."""
+
+    columns: Int[np.ndarray, "n places"]
+    are_some: Bool[np.ndarray, "n places"]
+
+    @staticmethod
+    def of(pattern: Bool[np.ndarray, "n n"]) -> "Places":
+        longest = np.max(np.sum(pattern, axis=1), initial=0)
+        columns = np.argsort(~pattern, axis=1, kind="stable")[:, :longest]
+        return Places(columns, np.take_along_axis(pattern, columns, axis=1))
+
+
 def compressed(
-    problem: Problem, t: Scalar, y: Arrays, colours: Int[np.ndarray, " n"], pattern: Bool[np.ndarray, "n n"]
-) -> Float[Array, "colours n"]:
-    """The sums of the Jacobian's columns of each colour; NaN if it has an entry outside of the pattern, which shows in its
-    product with a vector of arbitrary numbers."""
+    problem: Problem, t: Scalar, y: Arrays, colours: Int[np.ndarray, " n"], places: Places
+) -> Float[Array, "n places"]:
+    """The entries of the Jacobian, zero in places that are none; NaN if it has an entry elsewhere, which shows in its
+    product with a vector of arbitrary numbers. No column has an entry in a row that another of its colour has."""
     flat, unravel = ravel(y)
     probe = np.random.default_rng(0).uniform(0.5, 1.5, len(flat)) * np.where(np.arange(len(flat)) % 2, 1, -1)
     seeds = np.concatenate([np.arange(np.max(colours, initial=-1) + 1)[:, None] == colours, probe[None]])
     pushforward = jax.linearize(lambda flat: ravel(problem.field(t, unravel(flat)))[0], flat)[1]
-    *sums, product = jax.vmap(pushforward)(jnp.asarray(seeds, flat.dtype))
-    rows, columns = np.nonzero(pattern)
-    entries = jnp.stack(sums)[colours[columns], rows]
-    terms = entries * jnp.asarray(probe, flat.dtype)[columns]
-    expected = jnp.zeros_like(flat).at[rows].add(terms)
-    size = jnp.zeros_like(flat).at[rows].add(jnp.abs(terms))
-    elsewhere = jnp.any(jnp.abs(product - expected) > PROBE * jnp.maximum(size, jnp.abs(product)))
-    return jnp.where(elsewhere, jnp.nan, jnp.stack(sums))
+    products = jax.vmap(pushforward)(jnp.asarray(seeds, flat.dtype))
+    entries = jnp.where(places.are_some, products[colours[places.columns], np.arange(len(flat))[:, None]], 0)
+    terms = entries * jnp.asarray(probe, flat.dtype)[places.columns]
+    size = jnp.maximum(jnp.sum(jnp.abs(terms), axis=1), jnp.abs(products[-1]))
+    elsewhere = jnp.any(jnp.abs(products[-1] - jnp.sum(terms, axis=1)) > PROBE * size)
+    return jnp.where(elsewhere, jnp.nan, entries)
