@@ -27,14 +27,9 @@ class Band(eqx.Module):
         return self.lower + self.upper + 1
 
     def times(self, right: Float[Array, " n"]) -> Float[Array, " n"]:
-        """The matrix times a vector, diagonal by diagonal."""
-        n, padded = len(right), jnp.pad(right, (self.lower, self.upper))
-
-        def add(product: Array, diagonal: tuple[Array, Array]) -> tuple[Array, None]:
-            entries, first = diagonal
-            return product + entries * jax.lax.dynamic_slice(padded, (first,), (n,)), None
-
-        return jax.lax.scan(add, jnp.zeros_like(right), (self.rows.T, jnp.arange(self.width, dtype=jnp.int32)))[0]
+        """The matrix times a vector."""
+        padded = jnp.pad(right, (self.lower, self.upper))
+        return jnp.sum(self.rows * padded[np.arange(len(right))[:, None] + np.arange(self.width)], axis=1)
 
 
 class BandFactors(AbstractInverse):
