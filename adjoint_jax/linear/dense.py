@@ -51,9 +51,10 @@ class DenseJacobian(AbstractJacobian):
 INVERTED = 24
 """Matrices of up to so many rows are inverted, since products with an inverse fuse with what surrounds them; and by
 elimination in plain arithmetic, since LAPACK can be no part of a larger kernel. Larger ones are factorised. Measured on a
-CPU, an inverse and eight products in us, by elimination and with LAPACK's inverse: 3 rows 0.16 and 0.95, 8 rows 0.65 and
-1.8, 12 rows 1.7 and 3.7, 20 rows 4.6 and 8.6, 24 rows 6.4 and 9.7; in 64 lanes 3 rows 7 and 24, 8 rows 70 and 104, 12 rows
-154 and 201, 20 rows 670 and 640."""
+CPU, an inverse and eight products in us, by elimination and with LAPACK's inverse: 3 rows 0.15 and 0.94, 8 rows 0.95 and
+2.1, 12 rows 1.8 and 4.9, 20 rows 3.3 and 9.5, 24 rows 4.4 and 12; in 64 lanes 3 rows 6 and 22, 8 rows 75 and 115, 12 rows
+154 and 209, 20 rows 530 and 650, 24 rows 1,030 and 1,080. Of 32 rows in 32 lanes, factors take 0.7 to 0.9 of the time of
+inverses."""
 
 
 class Inverted(AbstractInverse):
@@ -100,7 +101,7 @@ class _Elimination(NamedTuple):
 
 NARROW, VECTORISED = 12, 32
 """Rows of more entries than the first are filled up to a multiple of the second, for which LLVM uses vectors: an inverse
-takes 4.6 instead of 8.0 us for 20 rows, 6.4 instead of 12.8 for 24. In lanes, it would take 1.3 to 1.6 of the time."""
+takes 3.1 instead of 5.6 us for 20 rows, 4.1 instead of 9.4 for 24. In lanes, it would take 1.3 to 1.6 of the time."""
 
 
 def _inverse(matrix: Float[Array, "n n"]) -> Float[Array, "n n"]:
@@ -121,7 +122,9 @@ def inverted(matrix: Float[Array, "n n"], columns: int | None = None) -> Float[A
 
     After k steps, A x = b has been solved for the unknowns of k columns, whose places entries of b have taken: with the
     pivot a_pk, row p becomes that of x_k, (b_p - sum_{j != k} a_pj x_j) / a_pk, and what it says of x_k is put into all
-    other rows (G. H. Golub and C. F. Van Loan, "Matrix Computations", section 3.4, has the pivots)."""
+    other rows (G. H. Golub and C. F. Van Loan, "Matrix Computations", section 3.4, has the pivots). Row and column of the
+    pivot are stored first: then each entry depends on its own place in the matrix alone, and XLA writes the next one over
+    it instead of copying it back, which takes a third of the time."""
     n = len(matrix)
     if n == 0:
         return matrix
