@@ -96,6 +96,7 @@ def _factors(band: Band) -> _Factors:
 
 
 def _factorised(band: Band) -> _Factors:
+    """Column by column. Rows of the band begin where the window does, but for the first ones, which begin before it."""
     lower, width = band.lower, band.width
     rows = jnp.pad(band.rows, ((0, 2 * lower + 2), (0, 0)))
     places = np.arange(lower + 1)

@@ -15,8 +15,8 @@ from adjoint_jax.problem import Problem
 from adjoint_jax.tree import Arrays, Scalar
 
 NARROW = 65
-"""The largest width of bands that are solved row by row on a CPU. Factors of 1,000 rows and one solution take 0.05 and 0.05
-ms with three diagonals, 0.2 and 0.07 with 17, 0.7 and 0.1 with 65; in blocks 0.6 and 0.12, 0.7 and 0.12, 1.2 and 0.13."""
+"""The largest width of bands that are solved row by row on a CPU. Factors of 1,000 rows and one solution take 0.05 and 0.02
+ms with three diagonals, 0.2 and 0.06 with 17, 0.7 and 0.08 with 65; in blocks 0.6 and 0.12, 0.7 and 0.12, 1.2 and 0.13."""
 
 
 class BandedJacobian(AbstractJacobian):
