@@ -8,7 +8,7 @@ marks larger loops by itself since the version in JAX 0.12.
 
 Such a function cannot call what needs a run-time: libraries of linear algebra, callbacks, other devices. So a program is
 looked through first, and where it is lowered, the one place that knows the platform and the number of devices, is decided
-whether it is marked: that takes a primitive. `jax.extend.core` and `jax.interpreters` are used here alone.
+whether it is marked: that takes a primitive. `jax.extend.core` and `jax.interpreters` are used here and in `reverse_only`.
 """
 
 import math

@@ -361,15 +361,6 @@ def test_derivatives_of_constants_raise(name):
     assert value == pytest.approx(-2.0 * np.exp(-1.0), rel=0.1)
 
 
-@both
-def test_forward_mode_raises(adjoint):
-    def final(y0):
-        return aj.solve(decay, 0.0, 1.0, y0, 0.8, adjoint=adjoint, **GRID).ys
-
-    with pytest.raises(TypeError, match=r"custom_vjp|forward"):
-        jax.jvp(final, (jnp.array([2.0]),), (jnp.array([1.0]),))
-
-
 FAMILY = {
     **{name: (adjoint, aj.RK4()) for name, adjoint in ADJOINTS.items()},
     "interpolating": (aj.InterpolatingAdjoint(), aj.RK4()),
@@ -390,6 +381,33 @@ def test_reverse_over_reverse_raises_with_the_remedy_which_works(adjoint, solver
         jax.grad(lambda y0: jax.grad(cubed)(y0, adjoint, solver)[0])(y0)
     second = jit(jax.jacfwd(jax.grad(cubed)))(y0, adjoint, solver)
     np.testing.assert_allclose(second, [6 * y0 * np.exp(-2.4)], rtol=1e-6)
+
+
+@pytest.mark.parametrize(("adjoint", "solver"), FAMILY.values(), ids=FAMILY)
+def test_forward_mode_raises_with_the_remedy_which_works(adjoint, solver):
+    y0 = jnp.array([2.0])
+
+    def forward(adjoint):
+        return jax.jvp(lambda y0: cubed(y0, adjoint, solver), (y0,), (jnp.ones(1),))[1]
+
+    in_forward_mode = (
+        forward,
+        jax.jit(forward, static_argnums=0),
+        lambda adjoint: jax.jacfwd(cubed)(y0, adjoint, solver),
+        lambda adjoint: jax.linearize(lambda y0: cubed(y0, adjoint, solver), y0)[1](y0),
+    )
+    for derivative in in_forward_mode:
+        with pytest.raises(TypeError, match=r"need adjoint=ForwardMode\(\)"):
+            derivative(adjoint)
+    assert forward(aj.ForwardMode()) == pytest.approx(12 * np.exp(-2.4), rel=1e-6)
+
+
+def test_reverse_over_reverse_of_small_systems_raises_too():
+    def loss(rate):
+        return aj.solve(decay, 0.0, 1.0, 2.0, rate).ys[0]
+
+    with pytest.raises(RuntimeError, match=r"jax\.jacfwd\(jax\.grad\(loss\)\)"):
+        jax.grad(jax.grad(loss))(0.8)
 
 
 def test_reverse_mode_through_forward_mode_raises_with_the_remedy():

@@ -15,12 +15,14 @@ from jaxtyping import Array, PyTree
 from adjoint_jax.adjoints.adjoint import Inputs, Run, Saved, integrate, is_zero, materialise
 from adjoint_jax.adjoints.exact import AbstractExactAdjoint, Residuals, backward, forward
 from adjoint_jax.adjoints.tape import Tape
+from adjoint_jax.forward_only import gradient_once
 from adjoint_jax.hoisting import Function, Hoisted
 from adjoint_jax.integrate import Integrator, Report
 from adjoint_jax.interpolation import Interpolant
 from adjoint_jax.lanes import are_lanes, in_lanes, on_one_cpu
 from adjoint_jax.problem import Problem
 from adjoint_jax.recorders import States
+from adjoint_jax.reverse_only import gradient_in_reverse
 from adjoint_jax.saveat import Requests, Rows
 from adjoint_jax.scalars import Components, written_out
 from adjoint_jax.solvers.explicit_runge_kutta import ExplicitRungeKutta
@@ -115,7 +117,7 @@ def solve_in_scalars(inputs: Inputs, run: Run, adjoint: AbstractExactAdjoint) ->
     if small is None:
         return None
     scalars, correspondence = small
-    saved, report = _solve(scalars, run, adjoint, correspondence)
+    saved, report = _solve(gradient_in_reverse(scalars), run, adjoint, correspondence)
     return correspondence.saved_in_arrays(saved, scalars.requests), report
 
 
@@ -209,4 +211,4 @@ def _backward(
         residuals = correspondence.residuals_in_arrays(residuals)
         return pull_back(backward(residuals, cotangent, perturbed, arrays, run, adjoint))[0]
 
-    return _chosen(in_arrays, in_scalars, run, inputs, residuals, cotangent, adjoint, correspondence)
+    return gradient_once(_chosen(in_arrays, in_scalars, run, inputs, residuals, cotangent, adjoint, correspondence))

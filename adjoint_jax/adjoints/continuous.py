@@ -42,6 +42,7 @@ from adjoint_jax.forward_only import gradient_once
 from adjoint_jax.integrate import Report
 from adjoint_jax.lanes import max_lane, put
 from adjoint_jax.problem import Parameters, Problem
+from adjoint_jax.reverse_only import gradient_in_reverse
 from adjoint_jax.saveat import Requests, Rows
 from adjoint_jax.solution import Status
 from adjoint_jax.solvers.solver import StepOutputs
@@ -81,7 +82,7 @@ class AbstractContinuousAdjoint(AbstractAdjoint):
         """Solve the reverse ODE from the end of the way to t0."""
 
     def solve(self, inputs: Inputs, run: Run) -> tuple[Saved, Report]:
-        problem, requests = inputs
+        problem, requests = gradient_in_reverse(inputs)
         saved, report = _solve(Inputs(problem, without_observables(requests)), run, self)
         return saved._replace(rows=observed_rows(requests, problem, saved.rows, report)), report
 

@@ -41,6 +41,7 @@ from adjoint_jax.forward_only import gradient_once
 from adjoint_jax.integrate import Integrator, Report
 from adjoint_jax.problem import Parameters, Problem
 from adjoint_jax.recorders import AbstractRecorder, RowRecorder
+from adjoint_jax.reverse_only import gradient_in_reverse
 from adjoint_jax.saveat import Requests, Rows
 from adjoint_jax.solution import Status
 from adjoint_jax.solvers.solver import StepOutputs
@@ -62,7 +63,7 @@ class AbstractExactAdjoint(AbstractAdjoint):
         return jnp.full((), jnp.inf, problem.t0.dtype)
 
     def solve(self, inputs: Inputs, run: Run) -> tuple[Saved, Report]:
-        return _solve(inputs, run, self)
+        return _solve(gradient_in_reverse(inputs), run, self)
 
 
 @eqx.filter_custom_vjp
