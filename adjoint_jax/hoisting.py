@@ -155,13 +155,15 @@ def operations(jaxpr: Any) -> int:
 
 
 def programs_of(equation: Any) -> list[Any]:
-    """The programs that an equation calls: the body of a loop, the branches of a choice, a function."""
+    """The programs that an equation calls: the body of a loop, the branches of a choice, a function, what solves a linear
+    system."""
+    if equation.primitive.name == "custom_linear_solve":
+        return _programs(equation.params["jaxprs"].solve)
     return [program for value in equation.params.values() for program in _programs(value)]
 
 
 def _programs(value: Any) -> list[Any]:
-    """Those in a parameter of an equation. Of a linear system's, which have names, only what solves it is called."""
-    value = getattr(value, "solve", value)
+    """Those in a parameter of an equation."""
     if isinstance(value, tuple | list):
         return [program for entry in value for program in _programs(entry)]
     program = getattr(value, "jaxpr", value)

@@ -154,7 +154,7 @@ def unknown_if(predicate: Bool[Array, ""], tree: Arrays) -> Arrays:
 
 def any_nonzero(tree: Arrays) -> Bool[Array, ""]:
     """Whether any entry is not zero."""
-    return functools.reduce(operator.or_, [jnp.sum(jnp.abs(leaf)) != 0 for leaf in jax.tree.leaves(tree)], jnp.array(False))
+    return functools.reduce(operator.or_, [jnp.any(leaf != 0) for leaf in jax.tree.leaves(tree)], jnp.array(False))
 
 
 def is_traced(*values: Any) -> bool:

@@ -112,7 +112,7 @@ STORING = {
     ("field", "case", "size", "bound"),
     [
         (elementwise, "adaptive", 300, 190),
-        (elementwise, "given grid", 300, 127),
+        (elementwise, "given grid", 300, 126),
         (elementwise, "forward mode", 300, 213),
         (elementwise, "forward mode", 2200, 93),
         (residual, "adaptive", 300, 280),

@@ -7,13 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hlo import Program
 from problems import compare, jit
 
 import adjoint_jax as aj
 from adjoint_jax.linear import banded as of_bands
-from adjoint_jax.linear.band import Band, BandFactors
+from adjoint_jax.linear.band import FEW_LANES, VECTORISED_WIDTH, Band, BandFactors
 from adjoint_jax.linear.block_tridiagonal import BlockTridiagonal
-from adjoint_jax.linear.dense import INVERTED, NARROW, inverted
+from adjoint_jax.linear.dense import INVERTED, NARROW, VECTORISED, Inverted, _inverse, inverted
 from adjoint_jax.linear.jacobian import ravel
 from adjoint_jax.linear.sparse import coloured
 from adjoint_jax.problem import Problem
@@ -160,8 +161,44 @@ def test_rows_of_a_band_are_exchanged(lower):
         assert error <= 100 * np.abs(np.linalg.solve(whole, right) - x).max() + 1e-13
 
 
-def test_bands_without_an_inverse_have_none():
-    assert not np.isfinite(BandFactors.of(band_of(np.zeros((5, 5)), 1, 1)).times(jnp.ones(5))).any()
+@pytest.mark.parametrize(("number", "lower"), [(3, 1), (FEW_LANES + 1, 1), (FEW_LANES + 1, VECTORISED_WIDTH)])
+def test_bands_in_lanes(number, lower):
+    """Few or wide ones are factorised one after the other, others in vectors. Lanes need different pivots; one has no
+    inverse, which no other lane notices."""
+    n = 24
+    matrices = np.stack([banded(n, lower, 1) + np.diag(np.linspace(0.0, 3.0, n)) for _ in range(number)])
+    matrices[1] = 0.0
+    right = jnp.asarray(RANDOM.normal(size=n))
+
+    def solved(matrix):
+        inverse = BandFactors.of(band_of(matrix, lower, 1))
+        return inverse.times(right), inverse.transposed_times(right)
+
+    found = zip(*jit(jax.vmap(solved))(jnp.asarray(matrices)), strict=True)
+    for i, (matrix, (x, transposed)) in enumerate(zip(matrices, found, strict=True)):
+        if i == 1:
+            assert not np.isfinite(x).any()
+            assert not np.isfinite(transposed).any()
+        else:
+            bound = 1e-10 * np.linalg.cond(matrix)
+            for a, b in ((x, np.linalg.solve(matrix, right)), (transposed, np.linalg.solve(matrix.T, right))):
+                np.testing.assert_allclose(a, b, rtol=0, atol=bound * np.abs(b).max())
+
+
+def test_the_matrix_is_not_copied_in_steps_of_the_elimination():
+    """Nor is the factor of a product computed anew for every row."""
+    n = 20
+
+    def product(matrix, x):
+        return Inverted(_inverse(matrix)).times(jnp.sin(x))
+
+    computations = Program(jax.jit(product).lower(jnp.eye(n), jnp.ones(n)).compile()).computations.values()
+    of_matrix = [i.operation for c in computations for i in c if i.shape.startswith(f"f64[{n},{VECTORISED}]")]
+    assert "fusion" in of_matrix
+    assert "copy" not in of_matrix
+    operations = [{i.operation for i in computation} for computation in computations]
+    assert any("sine" in of_one for of_one in operations)
+    assert not any({"reduce", "sine"} <= of_one for of_one in operations)
 
 
 @pytest.mark.parametrize("transform", [lambda f: f, jit])
@@ -192,7 +229,7 @@ def test_how_bands_are_solved_depends_on_width_and_device(monkeypatch):
         jacobian = aj.BandedJacobian(width // 2, width // 2)
         return type(jacobian.inverse(problem(np.eye(80), jnp.ones(80)), jnp.array(0.5), jnp.ones(80), jnp.array(0.1)))
 
-    assert [inverse(width) for width in (3, of_bands.NARROW, of_bands.NARROW + 2)] == [BandFactors] * 2 + [BlockTridiagonal]
+    assert [inverse(width) for width in (3, of_bands.WIDEST, of_bands.WIDEST + 2)] == [BandFactors] * 2 + [BlockTridiagonal]
     monkeypatch.setattr(of_bands, "on_one_cpu", lambda: False)
     assert inverse(3) is BlockTridiagonal
 

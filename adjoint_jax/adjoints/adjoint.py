@@ -120,8 +120,7 @@ class AtEnd(NamedTuple):
     """What the loss says of the end of a solve: dJ/dy1, and dJ/dcost, which is () for a problem without a cost; and whether
     it asks for anything that was not reached, there or at save times.
 
-    If so, both are NaN. If the solve failed and nothing is asked, they are zero, so that a failed lane whose value the loss
-    has masked out gives no NaN to what the lanes share."""
+    If so, both are NaN; if the solve failed and it does not, they are zero, as `blame` has it."""
 
     y1: Arrays
     cost: Arrays
@@ -130,13 +129,11 @@ class AtEnd(NamedTuple):
     @staticmethod
     def of(problem: Problem, report: Report, cotangent: Saved, rows: Sequence[Arrays | None]) -> "AtEnd":
         """`rows`: what the loss says of save times, as `blame` leaves it."""
-        y1 = materialise(cotangent.y1, problem.y0)
         cost = () if problem.running_cost is None else materialise(cotangent.cost, problem.zero_cost())
         failed = report.status != Status.SUCCESS
-        known = tree.all_finite([row for row in rows if row is not None])
-        is_lost = failed & (tree.any_nonzero((y1, cost)) | ~known)
-        nothing = tree.zeros_like((y1, cost))
-        y1, cost = tree.unknown_if(is_lost, tree.where(failed, nothing, (y1, cost)))
+        blamed = blame((materialise(cotangent.y1, problem.y0), cost), failed)
+        is_lost = failed & ~tree.all_finite((blamed, [row for row in rows if row is not None]))
+        y1, cost = tree.unknown_if(is_lost, blamed)
         return AtEnd(y1, cost, is_lost)
 
 

@@ -63,19 +63,19 @@ class Inverted(AbstractInverse):
     matrix: Float[Array, "n n"]
 
     def times(self, right: Float[Array, " n"]) -> Float[Array, " n"]:
-        return jnp.sum(self.matrix * _stored(right), axis=1)
+        return jnp.sum(self.matrix * _stored_if_long(right), axis=1)
 
     def transposed_times(self, right: Float[Array, " n"]) -> Float[Array, " n"]:
-        return jnp.sum(self.matrix * _stored(right)[:, None], axis=0)
+        return jnp.sum(self.matrix * _stored_if_long(right)[:, None], axis=0)
 
 
-SMALL = 4
+SHORT = 4
 """Rows of a matrix for each of which its factor may be computed anew: to store two or three numbers takes longer in lanes.
 POLLU, of 20 rows, takes three quarters of the time if the factor is stored, HIRES, of 8, nine tenths."""
 
 
-def _stored(right: Float[Array, " n"]) -> Float[Array, " n"]:
-    return right if len(right) <= SMALL else stored(right)
+def _stored_if_long(right: Float[Array, " n"]) -> Float[Array, " n"]:
+    return right if len(right) <= SHORT else stored(right)
 
 
 class Factorised(AbstractInverse):
