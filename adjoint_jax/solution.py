@@ -46,7 +46,8 @@ _EXPLANATIONS = {
         "The state or the vector field became NaN or infinite, and shorter steps did not help. Look at "
         "vector_field(t, y, args) around this time: division by zero, sqrt or log of a negative number, or a solution that "
         "blows up. With an implicit method, this is also what a step is whose equations the iteration could not solve: "
-        "on a given grid, take shorter steps."
+        "on a given grid, take shorter steps; or whose Jacobian has entries outside of the band or pattern that "
+        "`jacobian=` gives: widen it."
     ),
     Status.TOLERANCE_TOO_SMALL: (
         "rtol and atol ask for more digits than the dtype of the state can hold. Raise them, or use a float64 state "

@@ -291,6 +291,11 @@ def test_entries_elsewhere_are_noticed(jacobian, where):
     assert np.isnan(inverse.solve(y)).any()
 
 
+def test_the_error_of_a_solve_names_a_band_that_is_too_narrow():
+    with pytest.raises(aj.SolveError, match="outside of the band or pattern"):
+        aj.solve(lambda t, y, args: -y - y[::-1], 0.0, 1.0, jnp.arange(4.0), solver=aj.Rodas5P(aj.BandedJacobian(0, 0)))
+
+
 def test_wrong_structures_are_refused():
     y = jnp.ones(3)
     for jacobian, message in (
