@@ -32,10 +32,13 @@ GRID_SEGMENT = 64
 
 
 class Report(NamedTuple):
-    """How an integration went: the time reached, its `Status`, counts, the number of slots that were recorded, and the
-    step size that would come next."""
+    """How an integration went: the time reached, whether that is not t1, its `Status`, counts, the number of slots that
+    were recorded, and the step size that would come next.
+
+    Each is computed apart, so that a gradient, which asks little of it, compiles little."""
 
     reached: Scalar
+    failed: Bool[Array, ""]
     status: Int[Array, ""]
     stats: Stats
     slots: Int[Array, ""]
@@ -495,7 +498,7 @@ class _SteppingLoop(NamedTuple):
             estimated=self.controller.adapts, interpolated=any(recorder.interpolates for recorder in self.recorders)
         )
         stats = Stats(tally.accepted, tally.rejected, tally.extra + per_step * attempts)
-        return Report(walk.t, status, stats, slots, walk.h)
+        return Report(walk.t, tally.status != Status.SUCCESS, status, stats, slots, walk.h)
 
 
 class _Finite(NamedTuple):
@@ -567,7 +570,8 @@ class _GridLoop(NamedTuple):
         start_evaluations = self.solver.start_evaluations + self.solver.reuses_last_stage
         stats = Stats(taken, _zero(), iterations + (steps * per_step + start_evaluations))
         last = grid.stride(_zero() + (steps - 1))
-        return Outcome(state, records, Report(grid.at(taken), status, stats, _zero() + steps, last.end - last.start))
+        failed, h = status != Status.SUCCESS, last.end - last.start
+        return Outcome(state, records, Report(grid.at(taken), failed, status, stats, _zero() + steps, h))
 
     @property
     def _reuses_last_stage(self) -> bool:

@@ -11,6 +11,7 @@ looked through first, and where it is lowered, the one place that knows the plat
 whether it is marked: that takes a primitive. `jax.extend.core` and `jax.interpreters` are used here and in `reverse_only`.
 """
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from itertools import compress
@@ -324,12 +325,18 @@ def _marked(*operands: Any, program: _Program) -> list[Any]:
 
     @jax.jit
     def call(*operands: Any) -> tuple[list[Any], Array]:
-        firsts = (jnp.ravel(operand)[0].real.astype(jnp.float32) for operand in operands)
-        return program(*operands), sum(firsts, start=jnp.zeros((), jnp.float32))
+        return program(*operands), functools.reduce(jax.lax.add, map(_first_entry, operands), jax.lax.full((), 0.0, jnp.float32))
 
     results, used = call(*jax.lax.optimization_barrier(operands))
     set_xla_metadata(used, **_ALONE, **_SMALL)
     return results
+
+
+def _first_entry(operand: Any) -> Array:
+    """The first number of an array, in single precision: by operations that are traced in no time."""
+    first = jax.lax.slice(operand, (0,) * operand.ndim, (1,) * operand.ndim)
+    number = jax.lax.reshape(first, ())
+    return jax.lax.convert_element_type(jax.lax.real(number) if jnp.iscomplexobj(number) else number, jnp.float32)
 
 
 def _kernel(*operands: Any, program: _Program, lanes: _Lanes | None) -> list[Any]:

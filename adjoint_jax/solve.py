@@ -33,7 +33,7 @@ from adjoint_jax.problem import (
     time_dtype,
 )
 from adjoint_jax.saveat import Requests, Rows, SaveAt, hoist_observable, observe
-from adjoint_jax.solution import Solution, Status
+from adjoint_jax.solution import Solution
 from adjoint_jax.solvers.methods import Tsit5
 from adjoint_jax.solvers.solver import AbstractSolver
 from adjoint_jax.tree import Arrays, Scalar
@@ -172,7 +172,7 @@ def _solve(given: _Given, throw: bool) -> tuple[list[tuple[Array | None, PyTree[
     report = jax.lax.stop_gradient(report)
     rows = iter(saved.rows)
     assembly = [_assemble(save, problem, saved, report, next(rows) if save.ts is not None else None) for save in saveats]
-    reached = jnp.where(report.status == Status.SUCCESS, t1, report.reached)
+    reached = jnp.where(report.failed, report.reached, t1)
     cost = None if running_cost is None else saved.cost
     return assembly, (cost, report.stats, report.status, reached, _trajectory(problem, saved, report, reached))
 
@@ -210,9 +210,8 @@ def _final_row(save: SaveAt, problem: Problem, saved: Saved, report: Report) -> 
     """y(t1), or what fn makes of it; NaN if t1 was not reached. fn sees y0 then, so that its derivative stays finite."""
     if save.fn is None:
         return saved.y1
-    success = report.status == Status.SUCCESS
-    row = observe(save.fn, problem.t1, tree.where(success, saved.y1, problem.y0), problem.args)
-    return _masked(row, success)
+    row = observe(save.fn, problem.t1, tree.where(report.failed, problem.y0, saved.y1), problem.args)
+    return _masked(row, ~report.failed)
 
 
 def _step_rows(save: SaveAt, problem: Problem, saved: Saved, report: Report) -> tuple[Array, Arrays]:
@@ -223,7 +222,7 @@ def _step_rows(save: SaveAt, problem: Problem, saved: Saved, report: Report) -> 
     assert states is not None
     order = jnp.argsort(~states.taken, stable=True)
     valid = jnp.arange(order.size) < report.stats.accepted
-    last = (jnp.arange(order.size) == report.stats.accepted - 1) & (report.status == Status.SUCCESS)
+    last = (jnp.arange(order.size) == report.stats.accepted - 1) & ~report.failed
 
     def gather(leaf: Array, final: Array, fallback: Array) -> Array:
         shape = (-1,) + (1,) * fallback.ndim

@@ -1,4 +1,8 @@
-"""Arithmetic on pytrees of arrays. Leaves stay apart: nothing here ravels a state into one vector."""
+"""Arithmetic on pytrees of arrays. Leaves stay apart: nothing here ravels a state into one vector.
+
+Sums and products are `jax.lax`'s where there is nothing to convert: those of `jax.numpy` are the same operations, but take
+two to four times as long to trace.
+"""
 
 import functools
 import operator
@@ -23,19 +27,30 @@ map = jax.tree.map
 
 def add(*trees: Arrays) -> Arrays:
     """Leafwise sum."""
-    return map(lambda *leaves: functools.reduce(operator.add, leaves), *trees)
+
+    def plus(a: Any, b: Any) -> Any:
+        return jax.lax.add(a, b) if _are_alike(a, b) else a + b
+
+    return map(lambda *leaves: functools.reduce(plus, leaves), *trees)
 
 
 def scale(factor: ArrayLike, tree: Arrays) -> Arrays:
     """Leafwise product with a scalar, in each leaf's own dtype."""
-    return map(lambda leaf: _cast(factor, leaf) * leaf, tree)
+
+    def scaled(leaf: Array) -> Array:
+        if not is_traced(leaf) or jnp.iscomplexobj(leaf):
+            return _cast(factor, leaf) * leaf
+        own = np.asarray(factor, leaf.dtype) if isinstance(factor, float) else _cast(factor, leaf)
+        return jax.lax.mul(own, leaf)
+
+    return map(scaled, tree)
 
 
 def where(predicate: Bool[Array, ""], yes: Arrays, no: Arrays) -> Arrays:
     """Leafwise selection."""
 
     def select(a: ArrayLike, b: ArrayLike) -> Array:
-        is_plain = jnp.shape(a) == jnp.shape(b) and jnp.result_type(a) == jnp.result_type(b) and jnp.ndim(predicate) == 0
+        is_plain = jnp.ndim(predicate) == 0 and _are_alike(a, b)
         return jax.lax.select(predicate, a, b) if is_plain else jnp.where(predicate, a, b)
 
     return map(select, yes, no)
@@ -198,5 +213,10 @@ def real_dtype(dtype: DTypeLike) -> Any:
     return jnp.finfo(dtype).dtype
 
 
+def _are_alike(a: Any, b: Any) -> bool:
+    """Whether an operation on both needs no conversion, and is part of a program."""
+    return isinstance(a, Tracer) and isinstance(b, Tracer) and a.shape == b.shape and a.dtype == b.dtype
+
+
 def _cast(factor: ArrayLike, leaf: Array) -> Array | float:
-    return factor if isinstance(factor, float) else jnp.asarray(factor).astype(real_dtype(leaf.dtype))
+    return factor if isinstance(factor, float) else jax.lax.convert_element_type(factor, real_dtype(leaf.dtype))

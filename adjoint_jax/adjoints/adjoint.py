@@ -18,7 +18,6 @@ from adjoint_jax.problem import Parameters, Problem, Rates, flow_cotangent
 from adjoint_jax.quadrature import cost_of
 from adjoint_jax.recorders import AbstractRecorder, DenseRecorder, QuadratureRecorder, RowRecorder, StateRecorder, States
 from adjoint_jax.saveat import Requests, Rows
-from adjoint_jax.solution import Status
 from adjoint_jax.tree import Arrays, Scalar
 
 
@@ -87,8 +86,7 @@ def recorders(inputs: Inputs, integrator: Integrator) -> list[AbstractRecorder]:
 def saved(inputs: Inputs, integrator: Integrator, outcome: Outcome) -> Saved:
     """What the recorders of `recorders` have saved; records of further recorders are ignored."""
     (problem, requests), records = inputs, iter(outcome.records)
-    slots = integrator.slots
-    failed = outcome.report.status != Status.SUCCESS
+    slots, failed = integrator.slots, outcome.report.failed
     return Saved(
         rows=tuple(next(records).rows for _ in requests.rows),
         states=tree.map(lambda leaf: leaf[:slots], next(records)) if requests.states else None,
@@ -130,9 +128,8 @@ class AtEnd(NamedTuple):
     def of(problem: Problem, report: Report, cotangent: Saved, rows: Sequence[Arrays | None]) -> "AtEnd":
         """`rows`: what the loss says of save times, as `blame` leaves it."""
         cost = () if problem.running_cost is None else materialise(cotangent.cost, problem.zero_cost())
-        failed = report.status != Status.SUCCESS
-        blamed = blame((materialise(cotangent.y1, problem.y0), cost), failed)
-        is_lost = failed & ~tree.all_finite((blamed, [row for row in rows if row is not None]))
+        blamed = blame((materialise(cotangent.y1, problem.y0), cost), report.failed)
+        is_lost = report.failed & ~tree.all_finite((blamed, [row for row in rows if row is not None]))
         y1, cost = tree.unknown_if(is_lost, blamed)
         return AtEnd(y1, cost, is_lost)
 
@@ -175,7 +172,7 @@ def times_cotangent(
 def reached_rows(problem: Problem, report: Report, ts: Float[Array, " rows"]) -> Bool[Array, " rows"]:
     """Which of the times were reached."""
     direction = problem.direction
-    return (report.status == Status.SUCCESS) | (ts * direction <= report.reached * direction)
+    return ~report.failed | (ts * direction <= report.reached * direction)
 
 
 def without_observables(requests: Requests) -> Requests:

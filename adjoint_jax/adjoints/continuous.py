@@ -172,8 +172,7 @@ class _Asked:
         """All observations in the order of their times, the end of the way, and the scale: all cotangents are divided by
         it. The sweep starts at the time reached or, where t1 was not, at that of the last observation before."""
         problem, report, direction = self.way.problem, self.way.report, self.way.problem.direction
-        scale = self._scale()
-        failed = report.status != Status.SUCCESS
+        scale, failed = self._scale(), report.failed
         observations = self._merged([*self.sources, *resets])
         if len(observations.times):
             reached = observations.times * direction <= report.reached * direction

@@ -188,6 +188,12 @@ class _Sweep:
             stacked = self._per_slot(cotangent.dense.coefficients, tree.buffer(degree, self.problem.y0))
             self.dense_y0 = self._per_slot(cotangent.dense.y0, self.problem.y0)
             self.dense_coefficients = [tree.map(lambda leaf, p=p: leaf[:, p], stacked) for p in range(degree)]
+        if self._asks_of_the_end_alone:
+            self.way = way.to_the_end_or_none()
+
+    @property
+    def _asks_of_the_end_alone(self) -> bool:
+        return self.states is self.dense_y0 is None and all(g is None for g in self.row_cotangents)
 
     def _rows(self, rows: Rows, cotangent: PyTree[Any]) -> Arrays | None:
         if is_zero(cotangent):

@@ -213,7 +213,7 @@ class Reverse(NamedTuple):
         report, state = outcome.report, integrator.solver.output(outcome.state)
         h = jnp.where(report.stats.accepted > 0, jnp.abs(report.h), start.h)
         there = start._replace(t=t, state=state, parameters=self.quadrature.integral(outcome), h=h)
-        return there.failing(report.status != Status.SUCCESS, report.status, report.reached)
+        return there.failing(report.failed, report.status, report.reached)
 
 
 def over_stages(integrator: Integrator, problem: Problem) -> AbstractQuadrature:

@@ -1,6 +1,7 @@
 """The forward integration as it can be walked back: from the last step to the first, some steps at a time."""
 
 import abc
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
@@ -45,6 +46,17 @@ class Way(NamedTuple):
     def interval(self, start: Scalar, end: Scalar) -> Interval:
         """The step from start to end."""
         return self.integrator.controller.interval(start, end)
+
+    def to_the_end_or_none(self) -> "Way":
+        """The same of a given grid, but as if none of its steps had been taken where t1 was not reached: for a loss that
+        asks of nothing before t1. How far it was reached then need not be computed."""
+        steps = self.integrator.grid_steps
+        if steps is None:
+            return self
+        report, problem = self.report, self.problem
+        reached = jnp.where(report.failed, problem.t0, problem.t1)
+        stats = dataclasses.replace(report.stats, accepted=jnp.where(report.failed, 0, steps))
+        return self._replace(report=report._replace(reached=reached, stats=stats))
 
 
 class Walked(NamedTuple):
