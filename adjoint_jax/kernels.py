@@ -325,7 +325,9 @@ def _marked(*operands: Any, program: _Program) -> list[Any]:
 
     @jax.jit
     def call(*operands: Any) -> tuple[list[Any], Array]:
-        return program(*operands), functools.reduce(jax.lax.add, map(_first_entry, operands), jax.lax.full((), 0.0, jnp.float32))
+        return program(*operands), functools.reduce(
+            jax.lax.add, map(_first_entry, operands), jax.lax.full((), 0.0, jnp.float32)
+        )
 
     results, used = call(*jax.lax.optimization_barrier(operands))
     set_xla_metadata(used, **_ALONE, **_SMALL)

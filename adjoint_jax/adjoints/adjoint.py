@@ -125,11 +125,11 @@ class AtEnd(NamedTuple):
     is_lost: Bool[Array, ""]
 
     @staticmethod
-    def of(problem: Problem, report: Report, cotangent: Saved, rows: Sequence[Arrays | None]) -> "AtEnd":
+    def of(problem: Problem, failed: Bool[Array, ""], cotangent: Saved, rows: Sequence[Arrays | None]) -> "AtEnd":
         """`rows`: what the loss says of save times, as `blame` leaves it."""
         cost = () if problem.running_cost is None else materialise(cotangent.cost, problem.zero_cost())
-        blamed = blame((materialise(cotangent.y1, problem.y0), cost), report.failed)
-        is_lost = report.failed & ~tree.all_finite((blamed, [row for row in rows if row is not None]))
+        blamed = blame((materialise(cotangent.y1, problem.y0), cost), failed)
+        is_lost = failed & ~tree.all_finite((blamed, [row for row in rows if row is not None]))
         y1, cost = tree.unknown_if(is_lost, blamed)
         return AtEnd(y1, cost, is_lost)
 

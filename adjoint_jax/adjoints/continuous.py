@@ -152,7 +152,7 @@ class _Asked:
             None if is_zero(row) else blame(materialise(row, ys), ~reached_rows(problem, report, rows.ts))
             for rows, ys, row in zip(requests.rows, saved.rows, cotangent.rows, strict=True)
         ]
-        self.y1, self.cost, is_lost = AtEnd.of(problem, report, cotangent, self.rows)
+        self.y1, self.cost, is_lost = AtEnd.of(problem, report.failed, cotangent, self.rows)
         self.sources = [
             Observations(rows.ts, ys, row)
             for rows, ys, row in zip(requests.rows, saved.rows, self.rows, strict=True)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int, PyTree
+from jaxtyping import Array, Bool, Int, PyTree
 
 from adjoint_jax import tree
 from adjoint_jax.adjoints.adjoint import (
@@ -46,6 +46,9 @@ from adjoint_jax.saveat import Requests, Rows
 from adjoint_jax.solution import Status
 from adjoint_jax.solvers.solver import StepOutputs
 from adjoint_jax.tree import Arrays, Scalar
+
+FEW_BYTES = 2**21
+"""Of parameters, whose derivatives a single thread sets to zero in no time."""
 
 
 class AbstractExactAdjoint(AbstractAdjoint):
@@ -179,7 +182,7 @@ class _Sweep:
         self.keep = keep
         self.gathering = keep.gathering(self.problem, self.solver, interpolated=requests.interpolated)
         self.row_cotangents = [self._rows(*pair) for pair in zip(requests.rows, cotangent.rows, strict=True)]
-        self.at_end = AtEnd.of(self.problem, way.report, cotangent, self.row_cotangents)
+        self.at_end, self.of_parameters = self._begun(cotangent)
         self.states = self.dense_y0 = self.dense_coefficients = None
         if cotangent.states is not None and not is_zero(cotangent.states.ys):
             self.states = self._per_slot(cotangent.states.ys, self.problem.y0)
@@ -194,6 +197,25 @@ class _Sweep:
     @property
     def _asks_of_the_end_alone(self) -> bool:
         return self.states is self.dense_y0 is None and all(g is None for g in self.row_cotangents)
+
+    def _begun(self, cotangent: Saved) -> tuple[AtEnd, Any]:
+        """What the loss says of the end, and what is gathered of dJ/dparameters before any step: one kernel, unless
+        parameters are many, or the sweep is one."""
+
+        def at_end(failed: Bool[Array, ""], cotangent: Saved, rows: list[Arrays | None]) -> AtEnd:
+            return AtEnd.of(self.problem, failed, cotangent, rows)
+
+        def at_end_with_parameters(*operands: Any) -> tuple[AtEnd, Any]:
+            end = at_end(*operands)
+            return end, self._of_parameters(end)
+
+        operands = self.way.report.failed, cotangent._replace(rows=(), states=None, dense=None), self.row_cotangents
+        if self.problem.is_small or tree.size_in_bytes(self.problem.parameters) > FEW_BYTES:
+            return self.problem.decide(at_end, *operands), None
+        return self.problem.decide(at_end_with_parameters, *operands)
+
+    def _of_parameters(self, at_end: AtEnd) -> Any:
+        return self.gathering.begun(tree.zeros_like(self.problem.parameters), at_end.is_lost)
 
     def _rows(self, rows: Rows, cotangent: PyTree[Any]) -> Arrays | None:
         if is_zero(cotangent):
@@ -214,7 +236,7 @@ class _Sweep:
         """All steps, from t1 to t0."""
         swept = _Swept(
             self.solver.from_output(self.way.last, self.at_end.y1),
-            self.gathering.begun(tree.zeros_like(self.problem.parameters), self.at_end.is_lost),
+            self._of_parameters(self.at_end) if self.of_parameters is None else self.of_parameters,
             tuple(Pulled.nothing(rows, self.way) for rows in self.requests.rows),
         )
         swept, drift = self.trail.walk_back(self.way, self._reverse_segment, swept)
