@@ -183,6 +183,20 @@ def on_one_cpu() -> bool:
     return jax.default_backend() == "cpu" and (jax.device_count() == 1 or is_apart)
 
 
+def flat(values: Arrays) -> Arrays:
+    """The same without shapes, for what is done entry by entry: LLVM writes a loop over a short axis out within one over a
+    long axis, which takes as long to compile as ten others. Where values may be distributed over devices, they stay as they
+    are."""
+    if not on_one_cpu():
+        return values
+    return jax.tree.map(lambda leaf: leaf.reshape(-1) if leaf.ndim > 1 else leaf, values)
+
+
+def shaped(values: Arrays, like: PyTree[Any]) -> Arrays:
+    """The same in the shapes of others."""
+    return jax.tree.map(lambda leaf, other: leaf.reshape(other.shape), values, like)
+
+
 def differ_between_devices(values: PyTree[Any]) -> bool:
     """Whether `jax.shard_map` follows which values differ between devices, and says so of any of these: in their types, as
     `vma` or, in newer versions of JAX, as `mat.varying`."""

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, PyTree
 
 from adjoint_jax import tree
+from adjoint_jax.lanes import flat
 from adjoint_jax.tree import Arrays, Scalar
 
 
@@ -44,11 +45,13 @@ class Tolerance(AbstractTolerance):
 
     def ratio(self, error: Arrays, y0: Arrays, y1: Arrays) -> Scalar:
         rtol, atol = _broadcast_prefix("rtol", self.rtol, y0), _broadcast_prefix("atol", self.atol, y0)
+        if self.is_uniform:
+            error, y0, y1 = flat((error, y0, y1))
 
         def scaled(e: Array, a: Array, b: Array, r: ArrayLike, s: ArrayLike) -> Array:
             dtype = tree.real_dtype(a.dtype)
             scale = jnp.asarray(s, dtype) + jnp.asarray(r, dtype) * jnp.maximum(jnp.abs(a), jnp.abs(b))
-            return jnp.abs(e) / jnp.where((e == 0) & (scale == 0), 1, scale)
+            return jnp.where(e == 0, 0, jnp.abs(e) / scale)
 
         return jnp.asarray(self.norm(tree.map(scaled, error, y0, y1, rtol, atol)))
 
@@ -62,7 +65,7 @@ class Rounding(AbstractTolerance):
 
         def scaled(e: Array) -> Array:
             scale = (1e3 * jnp.finfo(e.dtype).eps * size).astype(tree.real_dtype(e.dtype))
-            return jnp.abs(e) / jnp.where((e == 0) & (scale == 0), 1, scale)
+            return jnp.where(e == 0, 0, jnp.abs(e) / scale)
 
         return rms_norm(tree.map(scaled, error))
 

@@ -118,20 +118,23 @@ class AtEnd(NamedTuple):
     """What the loss says of the end of a solve: dJ/dy1, and dJ/dcost, which is () for a problem without a cost; and whether
     it asks for anything that was not reached, there or at save times.
 
-    If so, both are NaN; if the solve failed and it does not, they are zero, as `blame` has it."""
+    If so, both are NaN."""
 
     y1: Arrays
     cost: Arrays
     is_lost: Bool[Array, ""]
 
     @staticmethod
-    def of(problem: Problem, failed: Bool[Array, ""], cotangent: Saved, rows: Sequence[Arrays | None]) -> "AtEnd":
+    def of(failed: Bool[Array, ""], y1: Arrays, cost: Arrays, rows: Sequence[Arrays | None]) -> "AtEnd":
         """`rows`: what the loss says of save times, as `blame` leaves it."""
-        cost = () if problem.running_cost is None else materialise(cotangent.cost, problem.zero_cost())
-        blamed = blame((materialise(cotangent.y1, problem.y0), cost), failed)
-        is_lost = failed & ~tree.all_finite((blamed, [row for row in rows if row is not None]))
-        y1, cost = tree.unknown_if(is_lost, blamed)
-        return AtEnd(y1, cost, is_lost)
+        is_lost = failed & (tree.any_nonzero((y1, cost)) | ~tree.all_finite(rows))
+        return AtEnd(*tree.unknown_if(is_lost, (y1, cost)), is_lost)
+
+
+def said_of_end(problem: Problem, cotangent: Saved) -> tuple[Arrays, Arrays]:
+    """dJ/dy1 and dJ/dcost, zero if nobody asks."""
+    cost = () if problem.running_cost is None else materialise(cotangent.cost, problem.zero_cost())
+    return materialise(cotangent.y1, problem.y0), cost
 
 
 def relative_distance(y: Arrays, known: Arrays, size: PyTree[Scalar]) -> Scalar:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int, PyTree
+from jaxtyping import Array, Int, PyTree
 
 from adjoint_jax import tree
 from adjoint_jax.adjoints.adjoint import (
@@ -28,6 +28,7 @@ from adjoint_jax.adjoints.adjoint import (
     problem_cotangent,
     reached_rows,
     recorders,
+    said_of_end,
     saved,
     times_cotangent,
 )
@@ -39,6 +40,7 @@ from adjoint_jax.ends import AbstractEnds, Stride
 from adjoint_jax.errors import raise_on_reverse_failure
 from adjoint_jax.forward_only import gradient_once
 from adjoint_jax.integrate import Integrator, Report
+from adjoint_jax.lanes import flat, shaped
 from adjoint_jax.problem import Parameters, Problem
 from adjoint_jax.recorders import AbstractRecorder, RowRecorder
 from adjoint_jax.reverse_only import gradient_in_reverse
@@ -182,7 +184,7 @@ class _Sweep:
         self.keep = keep
         self.gathering = keep.gathering(self.problem, self.solver, interpolated=requests.interpolated)
         self.row_cotangents = [self._rows(*pair) for pair in zip(requests.rows, cotangent.rows, strict=True)]
-        self.at_end, self.of_parameters = self._begun(cotangent)
+        self.at_end, self.begun = self._begun(cotangent)
         self.states = self.dense_y0 = self.dense_coefficients = None
         if cotangent.states is not None and not is_zero(cotangent.states.ys):
             self.states = self._per_slot(cotangent.states.ys, self.problem.y0)
@@ -199,23 +201,26 @@ class _Sweep:
         return self.states is self.dense_y0 is None and all(g is None for g in self.row_cotangents)
 
     def _begun(self, cotangent: Saved) -> tuple[AtEnd, Any]:
-        """What the loss says of the end, and what is gathered of dJ/dparameters before any step: one kernel, unless
-        parameters are many, or the sweep is one."""
+        """What the loss says of the end, and what is gathered of dJ/dparameters before any step: in one kernel, unless
+        parameters are many, or all of the sweep is one. Then it is left to `run`."""
+        problem, report, begun = self.problem, self.way.report, self.gathering.begun
+        y1, cost = said_of_end(problem, cotangent)
+        if problem.is_small:
+            return AtEnd.of(report.failed, y1, cost, self.row_cotangents), None
 
-        def at_end(failed: Bool[Array, ""], cotangent: Saved, rows: list[Arrays | None]) -> AtEnd:
-            return AtEnd.of(self.problem, failed, cotangent, rows)
+        def at_end(*operands: Any) -> tuple[AtEnd, Any]:
+            return AtEnd.of(*operands), None
 
         def at_end_with_parameters(*operands: Any) -> tuple[AtEnd, Any]:
-            end = at_end(*operands)
-            return end, self._of_parameters(end)
+            end = AtEnd.of(*operands)
+            return end, begun(flat(tree.zeros_like(problem.parameters)), end.is_lost)
 
-        operands = self.way.report.failed, cotangent._replace(rows=(), states=None, dense=None), self.row_cotangents
-        if self.problem.is_small or tree.size_in_bytes(self.problem.parameters) > FEW_BYTES:
-            return self.problem.decide(at_end, *operands), None
-        return self.problem.decide(at_end_with_parameters, *operands)
-
-    def _of_parameters(self, at_end: AtEnd) -> Any:
-        return self.gathering.begun(tree.zeros_like(self.problem.parameters), at_end.is_lost)
+        are_few = tree.size_in_bytes(problem.parameters) <= FEW_BYTES
+        function = at_end_with_parameters if are_few else at_end
+        end, parameters = problem.decide(function, report.failed, *flat((y1, cost, self.row_cotangents)))
+        if are_few:
+            parameters = shaped(parameters, jax.eval_shape(begun, problem.parameters, end.is_lost))
+        return AtEnd(shaped(end.y1, y1), shaped(end.cost, cost), end.is_lost), parameters
 
     def _rows(self, rows: Rows, cotangent: PyTree[Any]) -> Arrays | None:
         if is_zero(cotangent):
@@ -234,9 +239,12 @@ class _Sweep:
 
     def run(self) -> Walked:
         """All steps, from t1 to t0."""
+        begun = self.begun
+        if begun is None:
+            begun = self.gathering.begun(tree.zeros_like(self.problem.parameters), self.at_end.is_lost)
         swept = _Swept(
             self.solver.from_output(self.way.last, self.at_end.y1),
-            self._of_parameters(self.at_end) if self.of_parameters is None else self.of_parameters,
+            begun,
             tuple(Pulled.nothing(rows, self.way) for rows in self.requests.rows),
         )
         swept, drift = self.trail.walk_back(self.way, self._reverse_segment, swept)
