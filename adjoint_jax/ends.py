@@ -11,10 +11,10 @@ from typing import NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from adjoint_jax import tree
-from adjoint_jax.lanes import put_block
+from adjoint_jax.lanes import in_lanes, put_block
 from adjoint_jax.tree import Scalar
 
 
@@ -44,6 +44,10 @@ class AbstractEnds(eqx.Module):
         """So many steps, from that index on."""
         return Stride(self.block(index, length), self.block(index + 1, length))
 
+    def has_length(self, stride: Stride) -> Bool[Array, ""]:
+        """Whether one of these steps is a step: one of no length stands for none."""
+        return stride.start != stride.end
+
     def recorded(self, index: Int[Array, ""], times: Float[Array, " length"]) -> "AbstractEnds":
         """The same with those to which a loop over steps has come, from that index on, if they were not known."""
         del index, times
@@ -70,6 +74,10 @@ class RecordedEnds(AbstractEnds):
     def block(self, index: Int[Array, ""], length: int) -> Float[Array, " length"]:
         """So many of them, from that index on, or the last ones."""
         return tree.take_block(self.times, index, length)
+
+    def has_length(self, stride: Stride) -> Bool[Array, ""]:
+        """Always, as they are those of accepted steps; but where others are accepted, lanes record steps of no length."""
+        return in_lanes(lambda moves: jnp.array(True), lambda moves: moves)(stride.start != stride.end)
 
     def recorded(self, index: Int[Array, ""], times: Float[Array, " length"]) -> "RecordedEnds":
         return RecordedEnds(put_block(self.times, index, times))
@@ -109,3 +117,6 @@ class EndsFrom(AbstractEnds):
 
     def block(self, index: Int[Array, ""], length: int) -> Float[Array, " length"]:
         return self.ends.block(self.begin + index, length)
+
+    def has_length(self, stride: Stride) -> Bool[Array, ""]:
+        return self.ends.has_length(stride)

@@ -634,7 +634,7 @@ class _GridLoop(NamedTuple):
         step = self.solver.step(self.problem, interval, state, slope)
         if self._interpolates:
             step = self.solver.with_dense_stages(self.problem, step)
-        taken = stride.start != stride.end
+        taken = self.grid.has_length(stride)
         slope = _handed_on(self.problem, self.solver, step) if self._reuses_last_stage else None
         step = step._replace(after=tree.where(taken, step.after, state))
         iterations += _taken(step.iterations, taken)

@@ -259,7 +259,7 @@ class _Sweep:
             slot = segment.begin + first
             steps = _KeptSteps(self._strides(segment.ends, first), tree.take_block(segment.kept, first, chunk))
             valid = jnp.minimum(chunk, segment.steps - first) if chunk > 1 else jnp.ones((), jnp.int32)
-            return self._reverse_steps(valid, steps, self._observed(slot), swept)
+            return self._reverse_steps(segment.ends, valid, steps, self._observed(slot), swept)
 
         return jax.lax.fori_loop(0, chunks, reverse_chunk, swept)
 
@@ -278,10 +278,12 @@ class _Sweep:
 
         return _Observed(chunk_of(self.states), chunk_of(self.dense_y0), chunk_of(self.dense_coefficients))
 
-    def _reverse_steps(self, count: Int[Array, ""], steps: _KeptSteps, observed: _Observed, swept: _Swept) -> _Swept:
-        """Reverse the first `count` steps of a chunk. Rows are pulled back for one step at a time in scalars, which lanes
-        are computed in; otherwise for the whole chunk, so that no array in the loop over its steps is large (see
-        `recorders`)."""
+    def _reverse_steps(
+        self, ends: AbstractEnds, count: Int[Array, ""], steps: _KeptSteps, observed: _Observed, swept: _Swept
+    ) -> _Swept:
+        """Reverse the first `count` steps of a chunk, some of those that end at `ends`. Rows are pulled back for one step
+        at a time in scalars, which lanes are computed in; otherwise for the whole chunk, so that no array in the loop over
+        its steps is large (see `recorders`)."""
         step_by_step = self.problem.is_in_scalars
         strides, length = steps.strides, self.trail.chunk
         gathered = self.gathering.opened(swept.parameters, length)
@@ -305,7 +307,7 @@ class _Sweep:
             y0 = tree.zeros_like(self.problem.y0) if y0 is None else y0
             cotangent = StepOutputs(a, y0, coefficients, self.at_end.cost)
             through, said = self.gathering.transposed(interval, kept, cotangent)
-            taken = start != end
+            taken = ends.has_length(Stride(start, end))
             through = tree.where(taken, through, tree.add(a, self.solver.from_output(state, y0)))
             return _Swept(through, self.gathering.entered(swept.parameters, index, said, taken), rows)
 
