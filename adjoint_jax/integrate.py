@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Int, PyTree
 
 from adjoint_jax import tree
 from adjoint_jax.controllers.controller import AbstractController, AbstractStepSize, Trial
-from adjoint_jax.ends import AbstractEnds, Stride
+from adjoint_jax.ends import AbstractEnds, EndsFrom, Stride
 from adjoint_jax.lanes import any_lane, apart, put, slots_first
 from adjoint_jax.linear.mass import is_consistent
 from adjoint_jax.problem import Interval, Problem
@@ -32,17 +32,22 @@ GRID_SEGMENT = 64
 
 
 class Report(NamedTuple):
-    """How an integration went: the time reached, whether that is not t1, its `Status`, counts, the number of slots that
-    were recorded, and the step size that would come next.
+    """How an integration went: the time reached; the `Status` that its loop ended with, and the one to report, which may
+    tell more of a failure; counts, the number of slots that were recorded, and the step size that would come next.
 
     Each is computed apart, so that a gradient, which asks little of it, compiles little."""
 
     reached: Scalar
-    failed: Bool[Array, ""]
+    ended: Int[Array, ""]
     status: Int[Array, ""]
     stats: Stats
     slots: Int[Array, ""]
     h: Scalar
+
+    @property
+    def failed(self) -> Bool[Array, ""]:
+        """Whether t1 was not reached."""
+        return self.ended != Status.SUCCESS
 
 
 class Outcome(NamedTuple):
@@ -279,7 +284,7 @@ class _SteppingLoop(NamedTuple):
                 return p.going & (p.place.position < layout.segment)
 
             walk = progress.journey.walk
-            place = progress.place._replace(position=zero, segment_start=walk.t, mark=walk.mark)
+            place = Place(progress.place.slot, zero, walk.t, walk.mark)
             progress = progress._replace(place=place)
             at_once = layout.chunk == layout.segment and not self._one_by_one(layout.chunk)
             progress = fill(progress) if at_once else jax.lax.while_loop(unfilled, fill, progress)
@@ -392,7 +397,7 @@ class _SteppingLoop(NamedTuple):
         """With what was noted in a chunk."""
         triples = zip(self.recorders, records, chunk.notes, strict=True)
         records = tuple(recorder.write(record, place, notes) for recorder, record, notes in triples)
-        place = place._replace(slot=place.slot + chunk.filled, position=place.position + chunk.filled)
+        place = place._replace(position=place.position + chunk.filled)
         return _Progress(chunk.journey, chunk.going, records, place)
 
     def _blank_notes(self, walk: _Walk) -> tuple[Any, ...]:
@@ -498,7 +503,7 @@ class _SteppingLoop(NamedTuple):
             estimated=self.controller.adapts, interpolated=any(recorder.interpolates for recorder in self.recorders)
         )
         stats = Stats(tally.accepted, tally.rejected, tally.extra + per_step * attempts)
-        return Report(walk.t, tally.status != Status.SUCCESS, status, stats, slots, walk.h)
+        return Report(walk.t, tally.status, status, stats, slots, walk.h)
 
 
 class _Finite(NamedTuple):
@@ -545,14 +550,14 @@ class _GridLoop(NamedTuple):
             (entry, records, finite), slot = carry, index * segment
 
             def take_stride(pace: _Pace, position: Int[Array, ""]) -> tuple[_Pace, tuple[Any, ...]]:
-                return self._stride(pace, problem.decide(AbstractEnds.stride, grid, slot + position))
+                return self._stride(pace, problem.decide(AbstractEnds.stride, EndsFrom(grid, slot), position))
 
             pace, notes = jax.lax.scan(take_stride, entry, jnp.arange(segment, dtype=jnp.int32))
             state, (begin, end) = pace.state, (grid.at(slot), grid.at(slot + segment))
             place = Place(slot, _zero(), begin, entry.mark)
             triples = zip(self.recorders, records, notes, strict=True)
             records = tuple(recorder.write(record, place, notes) for recorder, record, notes in triples)
-            place = Place(slot + segment, _zero() + segment, begin, entry.mark)
+            place = place._replace(position=_zero() + segment)
             pairs = zip(self.recorders, records, strict=True)
             records = tuple(recorder.flush(record, place, end) for recorder, record in pairs)
             here = _Finite(state, slot + segment)
@@ -570,8 +575,8 @@ class _GridLoop(NamedTuple):
         start_evaluations = self.solver.start_evaluations + self.solver.reuses_last_stage
         stats = Stats(taken, _zero(), iterations + (steps * per_step + start_evaluations))
         last = grid.stride(_zero() + (steps - 1))
-        failed, h = status != Status.SUCCESS, last.end - last.start
-        return Outcome(state, records, Report(grid.at(taken), failed, status, stats, _zero() + steps, h))
+        h = last.end - last.start
+        return Outcome(state, records, Report(grid.at(taken), status, status, stats, _zero() + steps, h))
 
     @property
     def _reuses_last_stage(self) -> bool:
@@ -584,15 +589,14 @@ class _GridLoop(NamedTuple):
         return _Pace(state, slope() if self._reuses_last_stage else None, _zero())
 
     def again(self, mark: Mark, stretch: Stretch, records: tuple[Any, ...]) -> tuple[Mark, tuple[Any, ...]]:
-        first = self.grid.at(stretch.slot)
+        first, ends = self.grid.at(stretch.slot), EndsFrom(self.grid, stretch.slot)
 
         def take_stride(position: Array, walk: tuple[_Pace, tuple[Any, ...]]) -> tuple[_Pace, tuple[Any, ...]]:
             pace, records = walk
-            slot = stretch.slot + position
-            pace, notes = self._stride(pace, self.problem.decide(AbstractEnds.stride, self.grid, slot))
+            pace, notes = self._stride(pace, self.problem.decide(AbstractEnds.stride, ends, position))
             notes = tree.map(lambda leaf: leaf[None], notes)
             triples = zip(self.recorders, records, notes, strict=True)
-            place = Place(slot, position, first, mark)
+            place = Place(stretch.slot, position, first, mark)
             return pace, tuple(recorder.write(record, place, note) for recorder, record, note in triples)
 
         pace = self._pace(mark.state, lambda: _evaluated_for(stretch, self.problem, self.solver, first, mark.state))
@@ -647,15 +651,16 @@ def _evaluated(problem: Problem, solver: AbstractSolver, t: Scalar, state: Array
 
 
 def _evaluated_for(stretch: Stretch, problem: Problem, solver: AbstractSolver, t: Scalar, state: Arrays) -> Any:
-    """The same, or zeros if there is no step. In scalars an evaluation takes no longer than the choice."""
+    """The same, or anything if there is no step. In scalars an evaluation takes no longer than the choice."""
 
     def evaluated() -> Any:
         return _evaluated(problem, solver, t, state)
 
     if problem.is_in_scalars:
         return evaluated()
-    nothing = tree.zeros_like(jax.eval_shape(evaluated))
-    return jax.lax.cond(any_lane(stretch.steps > 0), evaluated, lambda: nothing)
+    like = jax.eval_shape(evaluated)
+    anything = state if like == jax.eval_shape(lambda: state) else tree.zeros_like(like)
+    return jax.lax.cond(any_lane(stretch.steps > 0), evaluated, lambda: anything)
 
 
 def _handed_on(problem: Problem, solver: AbstractSolver, step: Step) -> Any:

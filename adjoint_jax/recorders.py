@@ -38,13 +38,18 @@ class Layout(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where a loop stands: the slot over all segments, the slot within this segment; and where the segment began: its first
-    time, and the loop's own state there, from which it can go on again."""
+    """Where a loop stands: the first slot of this segment, and the number of slots behind it; and where the segment began:
+    its first time, and the loop's own state there, from which it can go on again."""
 
-    slot: Int[Array, ""]
+    first: Int[Array, ""]
     position: Int[Array, ""]
     segment_start: Scalar
     mark: Any
+
+    @property
+    def slot(self) -> Int[Array, ""]:
+        """The slot over all segments."""
+        return self.first + self.position
 
 
 class AbstractRecorder(eqx.Module):

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, DTypeLike, Float, PyTree
+from jaxtyping import Array, Bool, DTypeLike, Float, Int, PyTree
 
 from adjoint_jax import tree
 from adjoint_jax.adjoints.memory import Memory
@@ -18,6 +18,7 @@ from adjoint_jax.problem import Parameters, Problem, Rates, flow_cotangent
 from adjoint_jax.quadrature import cost_of
 from adjoint_jax.recorders import AbstractRecorder, DenseRecorder, QuadratureRecorder, RowRecorder, StateRecorder, States
 from adjoint_jax.saveat import Requests, Rows
+from adjoint_jax.solution import Status
 from adjoint_jax.tree import Arrays, Scalar
 
 
@@ -125,9 +126,9 @@ class AtEnd(NamedTuple):
     is_lost: Bool[Array, ""]
 
     @staticmethod
-    def of(failed: Bool[Array, ""], y1: Arrays, cost: Arrays, rows: Sequence[Arrays | None]) -> "AtEnd":
-        """`rows`: what the loss says of save times, as `blame` leaves it."""
-        is_lost = failed & (tree.any_nonzero((y1, cost)) | ~tree.all_finite(rows))
+    def of(ended: Int[Array, ""], y1: Arrays, cost: Arrays, rows: Sequence[Arrays | None]) -> "AtEnd":
+        """`ended`: the `Status` of the loop. `rows`: what the loss says of save times, as `blame` leaves it."""
+        is_lost = (ended != Status.SUCCESS) & (tree.any_nonzero((y1, cost)) | ~tree.all_finite(rows))
         return AtEnd(*tree.unknown_if(is_lost, (y1, cost)), is_lost)
 
 

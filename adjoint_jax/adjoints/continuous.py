@@ -153,7 +153,7 @@ class _Asked:
             None if is_zero(row) else blame(materialise(row, ys), ~reached_rows(problem, report, rows.ts))
             for rows, ys, row in zip(requests.rows, saved.rows, cotangent.rows, strict=True)
         ]
-        self.y1, self.cost, is_lost = AtEnd.of(report.failed, *said_of_end(problem, cotangent), self.rows)
+        self.y1, self.cost, is_lost = AtEnd.of(report.ended, *said_of_end(problem, cotangent), self.rows)
         self.sources = [
             Observations(rows.ts, ys, row)
             for rows, ys, row in zip(requests.rows, saved.rows, self.rows, strict=True)

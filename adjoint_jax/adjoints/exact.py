@@ -206,7 +206,7 @@ class _Sweep:
         problem, report, begun = self.problem, self.way.report, self.gathering.begun
         y1, cost = said_of_end(problem, cotangent)
         if problem.is_small:
-            return AtEnd.of(report.failed, y1, cost, self.row_cotangents), None
+            return AtEnd.of(report.ended, y1, cost, self.row_cotangents), None
 
         def at_end(*operands: Any) -> tuple[AtEnd, Any]:
             return AtEnd.of(*operands), None
@@ -217,7 +217,7 @@ class _Sweep:
 
         are_few = tree.size_in_bytes(problem.parameters) <= FEW_BYTES
         function = at_end_with_parameters if are_few else at_end
-        end, parameters = problem.decide(function, report.failed, *flat((y1, cost, self.row_cotangents)))
+        end, parameters = problem.decide(function, report.ended, *flat((y1, cost, self.row_cotangents)))
         if are_few:
             parameters = shaped(parameters, jax.eval_shape(begun, problem.parameters, end.is_lost))
         return AtEnd(shaped(end.y1, y1), shaped(end.cost, cost), end.is_lost), parameters
@@ -255,20 +255,31 @@ class _Sweep:
         chunks = tree.blocks(segment.steps, chunk)
 
         def reverse_chunk(reversed_index: Array, swept: _Swept) -> _Swept:
-            first = (chunks - 1 - reversed_index) * chunk
+            first, strides = self._chunk(segment.ends, chunks, reversed_index)
             slot = segment.begin + first
-            steps = _KeptSteps(self._strides(segment.ends, first), tree.take_block(segment.kept, first, chunk))
+            steps = _KeptSteps(strides, tree.take_block(segment.kept, first, chunk))
             valid = jnp.minimum(chunk, segment.steps - first) if chunk > 1 else jnp.ones((), jnp.int32)
             return self._reverse_steps(segment.ends, valid, steps, self._observed(slot), swept)
 
         return jax.lax.fori_loop(0, chunks, reverse_chunk, swept)
 
-    def _strides(self, ends: AbstractEnds, first: Int[Array, ""]) -> Stride:
-        """Where the steps of a chunk start and end. One step's times are scalars as where steps are taken, so that XLA
-        compiles what is computed of them to the same kernels."""
+    def _chunk(
+        self, ends: AbstractEnds, chunks: Int[Array, ""], reversed_index: Int[Array, ""]
+    ) -> tuple[Int[Array, ""], Stride]:
+        """The first step of a chunk, and where its steps start and end. One step's times are scalars as where steps are
+        taken, so that XLA compiles what is computed of them to the same kernels."""
         if self.trail.chunk > 1:
-            return ends.strides(first, self.trail.chunk)
-        return tree.map(lambda t: t[None], self.problem.decide(AbstractEnds.stride, ends, first))
+            first = (chunks - 1 - reversed_index) * self.trail.chunk
+            return first, ends.strides(first, self.trail.chunk)
+
+        def only_step(
+            ends: AbstractEnds, chunks: Int[Array, ""], reversed_index: Int[Array, ""]
+        ) -> tuple[Int[Array, ""], Stride]:
+            first = chunks - 1 - reversed_index
+            return first, ends.stride(first)
+
+        first, stride = self.problem.decide(only_step, ends, chunks, reversed_index)
+        return first, tree.map(lambda t: t[None], stride)
 
     def _observed(self, slot: Int[Array, ""]) -> _Observed:
         """What the loss says of a chunk of steps through saved steps and dense output."""

@@ -82,16 +82,15 @@ class Tape(AbstractTrail):
         count, segment = max_lane(way.report.slots), self.layout.segment
         if self.layout.segments == 1:
             return Walked(visit(self._segment(way, jnp.zeros((), jnp.int32), count), carry), None)
-        segments = tree.blocks(count, segment)
 
         def visit_last(going: _Going) -> _Going:
-            turn = way.problem.decide(_Turn.of, going.left, segments, count, segment)
+            turn = way.problem.decide(_Turn.of, going.left, count, segment)
             mark, stack = self._first_mark(way, turn, going.stack)
             tape = self._with(going.recent, going.ends)._again(way, turn.begin, turn.again, mark)
             of_segment = tape._segment(way, turn.begin, turn.steps)
-            return _Going(turn.segment, stack, tape.recent, tape.ends, visit(of_segment, going.carry))
+            return _Going(turn.begin, stack, tape.recent, tape.ends, visit(of_segment, going.carry))
 
-        going = _Going(segments, _Stack.of(self, segments), self.recent, self.ends, carry)
+        going = _Going(count, _Stack.of(self, count), self.recent, self.ends, carry)
         return Walked(jax.lax.while_loop(lambda going: going.left > 0, visit_last, going).carry, None)
 
     def _segment(self, way: Way, begin: Int[Array, ""], steps: Int[Array, ""]) -> Segment:
@@ -154,9 +153,10 @@ class _Stack(NamedTuple):
     marks: Mark
 
     @staticmethod
-    def of(tape: Tape, segments: Int[Array, ""]) -> "_Stack":
-        places = tape.places
-        return _Stack(_last(places, jnp.maximum(segments - 1, 0)), places, tape.checkpoints)
+    def of(tape: Tape, steps: Int[Array, ""]) -> "_Stack":
+        """Those up to the last segment of so many steps."""
+        places, last = tape.places, tree.quotient(jnp.maximum(steps - 1, 0), tape.layout.segment)
+        return _Stack(_last(places, last), places, tape.checkpoints)
 
 
 def _last(places: Int[Array, " checkpoints"], index: Int[Array, ""]) -> Int[Array, ""]:
@@ -174,13 +174,15 @@ class _Turn(NamedTuple):
     steps: Int[Array, ""]
 
     @staticmethod
-    def of(left: Int[Array, ""], segments: Int[Array, ""], count: Int[Array, ""], length: int) -> "_Turn":
-        begin = (left - 1) * length
-        return _Turn(left - 1, begin, jnp.where(left == segments, 0, length), jnp.minimum(length, count - begin))
+    def of(left: Int[Array, ""], count: Int[Array, ""], length: int) -> "_Turn":
+        """Of so many steps that are left, of so many."""
+        segment = tree.quotient(left - 1, length)
+        begin = segment * length
+        return _Turn(segment, begin, jnp.where(left == count, 0, length), left - begin)
 
 
 class _Going(NamedTuple):
-    """Where the walk back stands: the number of segments left, the checkpoints, the buffers of a segment."""
+    """Where the walk back stands: the number of steps left, the checkpoints, the buffers of a segment."""
 
     left: Int[Array, ""]
     stack: _Stack
@@ -208,7 +210,11 @@ class TapeLayout(NamedTuple):
         """Whether what `flush` is called for is the first part of a segment, or all of it."""
         if self.flushed == self.segment:
             return jnp.array(True)
-        return place.slot - place.position == segment * self.segment
+        return place.first == segment * self.segment
+
+    def position(self, place: Place) -> Int[Array, ""]:
+        """Which step of its segment a place is."""
+        return place.position if self.flushed == self.segment else tree.remainder(place.slot, self.segment)
 
     def marked(self, mark: Mark) -> Mark:
         """What is kept of a mark."""
@@ -254,7 +260,7 @@ class StepRecorder(AbstractRecorder):
         return TapeNote(tree.zeros_like(kept), step.interval.end)
 
     def write(self, record: Tape, place: Place, notes: TapeNote) -> Tape:
-        position = tree.remainder(place.slot, record.layout.segment)
+        position = record.layout.position(place)
         record = dataclasses.replace(record, recent=put_block(record.recent, position, notes.kept))
         if record.layout.timed:
             return record
@@ -299,7 +305,7 @@ class TapeRecorder(StepRecorder):
         return Tape(
             ends=RecordedEnds(jnp.full(length, problem.t0)) if self.grid is None else self.grid,
             recent=tree.buffer(round_up(segment, chunk), kept),
-            checkpoints=tree.map(lambda leaf: jnp.broadcast_to(leaf, (checkpoints, *leaf.shape)), mark),
+            checkpoints=tree.buffer(checkpoints, mark),
             stride=jnp.ones((), jnp.int32),
             keep=self.keep,
             layout=sizes,
