@@ -336,8 +336,9 @@ def _marked(*operands: Any, program: _Program) -> list[Any]:
 
 def _first_entry(operand: Any) -> Array:
     """The first number of an array, in single precision: by operations that are traced in no time."""
-    first = jax.lax.slice(operand, (0,) * operand.ndim, (1,) * operand.ndim)
-    number = jax.lax.reshape(first, ())
+    number = operand
+    if operand.ndim:
+        number = jax.lax.reshape(jax.lax.slice(operand, (0,) * operand.ndim, (1,) * operand.ndim), ())
     return jax.lax.convert_element_type(jax.lax.real(number) if jnp.iscomplexobj(number) else number, jnp.float32)
 
 

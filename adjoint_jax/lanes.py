@@ -192,9 +192,9 @@ def flat(values: Arrays) -> Arrays:
     return jax.tree.map(lambda leaf: leaf.reshape(-1) if leaf.ndim > 1 else leaf, values)
 
 
-def shaped(values: Arrays, like: PyTree[Any]) -> Arrays:
+def shaped(values: PyTree[Any], like: PyTree[Any]) -> PyTree[Any]:
     """The same in the shapes of others."""
-    return jax.tree.map(lambda leaf, other: leaf.reshape(other.shape), values, like)
+    return jax.tree.map(lambda leaf, other: jnp.reshape(leaf, other.shape), values, like)
 
 
 def differ_between_devices(values: PyTree[Any]) -> bool:

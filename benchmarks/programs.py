@@ -2,6 +2,7 @@
 
 import abc
 import enum
+import functools
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -67,29 +68,32 @@ def loss(problem: Problem, ys: Any) -> Any:
     return jnp.mean(jnp.square(ys)) if problem.weights is None else jnp.sum(problem.weights * ys)
 
 
-def forward_gradient(function: Callable[..., Any], *, has_aux: bool) -> Callable[..., Any]:
+def forward_gradient(function: Callable[..., Any]) -> Callable[..., Any]:
     """The gradient by forward mode, as jax.grad has it by reverse mode."""
-    return jax.jacfwd(function, has_aux=has_aux)
+    return jax.jacfwd(function)
 
 
 class JaxProgram(Program):
-    """A solve in JAX, compiled once for all tolerances."""
+    """A solve in JAX, compiled once for all tolerances. A gradient is what `jax.grad` makes of a loss, and nothing more:
+    what a library tells of its work is asked of the solve alone, afterwards."""
 
     def __init__(self, problem: Problem, quantity: Quantity, solve: Solve, derivative: Derivative = jax.grad):
         self.problem, self.quantity, self.solve, self.derivative = problem, quantity, solve, derivative
         self._compiled: tuple[Any, Build] | None = None
+        self._telling: Any = None
 
     def function(self) -> Callable[[Any, Any, Any], tuple[Any, Told]]:
-        """What is compiled: y0, parameters, tolerance -> the quantity and what is told, of all lanes."""
+        """What is compiled: y0, parameters, tolerance -> the quantity of all lanes, and of a solve what is told."""
 
-        def cost(parameters: Any, y0: Any, tolerance: Any) -> tuple[Any, Told]:
-            ys, told = self.solve(y0, parameters, tolerance)
-            return loss(self.problem, ys), told
+        def cost(parameters: Any, y0: Any, tolerance: Any) -> Any:
+            return loss(self.problem, self.solve(y0, parameters, tolerance)[0])
 
         def gradient(y0: Any, parameters: Any, tolerance: Any) -> tuple[Any, Told]:
-            return self.derivative(cost, has_aux=True)(parameters, y0, tolerance)
+            return self.derivative(cost)(parameters, y0, tolerance), {}
 
-        one = self.solve if self.quantity is Quantity.FORWARD else gradient
+        return self._of_lanes(self.solve if self.quantity is Quantity.FORWARD else gradient)
+
+    def _of_lanes(self, one: Callable[[Any, Any, Any], Any]) -> Callable[[Any, Any, Any], Any]:
         lanes = one if self.problem.lanes is None else jax.vmap(one, (None, 0, None))
         return lanes if self.problem.devices == 1 else self._apart(lanes)
 
@@ -115,11 +119,20 @@ class JaxProgram(Program):
         if self._compiled is None:
             self._compiled = compiled(self.function(), arguments)
         executable, build = self._compiled
-        return Executable(lambda: jax.block_until_ready(executable(*arguments)), self._outcome, build)
+        outcome = functools.partial(self._outcome, arguments)
+        return Executable(lambda: jax.block_until_ready(executable(*arguments)), outcome, build)
 
-    def _outcome(self, result: tuple[Any, Told]) -> Outcome:
+    def _outcome(self, arguments: tuple[Any, Any, Any], result: tuple[Any, Told]) -> Outcome:
         numbers, told = result
+        if self.quantity is Quantity.GRADIENT:
+            told = self._told(arguments)
         return Outcome(flattened(numbers, self.problem), {name: np.asarray(value) for name, value in told.items()})
+
+    def _told(self, arguments: tuple[Any, Any, Any]) -> Told:
+        """What the solve tells that a gradient is of."""
+        if self._telling is None:
+            self._telling = jax.jit(self._of_lanes(lambda *given: self.solve(*given)[1]))
+        return self._telling(*arguments)
 
 
 class StaticToleranceProgram(JaxProgram):

@@ -93,13 +93,16 @@ class LanesProgram(JaxProgram):
             return self.solve(y0, parameters, tolerance)
 
         def gradient(y0: Any, parameters: Any, tolerance: Any) -> tuple[Any, Told]:
-            def cost(shift: jax.Array) -> tuple[jax.Array, Told]:
-                ys, told = self.solve(y0, parameters + shift, tolerance)
-                return jnp.mean(jnp.square(ys), axis=-1), told
+            def cost(shift: jax.Array) -> jax.Array:
+                return jnp.mean(jnp.square(self.solve(y0, parameters + shift, tolerance)[0]), axis=-1)
 
-            return forward_gradient(cost, has_aux=True)(jnp.zeros(parameters.shape[-1], parameters.dtype))
+            return forward_gradient(cost)(jnp.zeros(parameters.shape[-1], parameters.dtype)), {}
 
         return values if self.quantity is Quantity.FORWARD else gradient
+
+    def _of_lanes(self, one: Callable[[Any, Any, Any], Any]) -> Callable[[Any, Any, Any], Any]:
+        """A solve is of all lanes already."""
+        return one
 
 
 def lanes(problem: Problem, quantity: Quantity) -> Program:
