@@ -26,21 +26,21 @@ MOST_ARRAYS = 8
 
 
 class Linearisations(NamedTuple):
-    """A state, and what the pullbacks of a step's stages keep that varies from stage to stage, stacked: those of the field
-    alone and, if there is a running cost, those of both. Which of them is wanted, only the way back knows: a cost that the
-    loss does not use must have no effect, even where its derivative is not finite."""
+    """A state, and what the pullbacks of a step's stages keep that varies from stage to stage, one stage after the other:
+    those of the field alone and, if there is a running cost, those of both. Which of them is wanted, only the way back
+    knows: a cost that the loss does not use must have no effect, even where its derivative is not finite."""
 
     state: Arrays
-    of_field: list[Array]
-    of_both: list[Array]
+    of_field: list[list[Array]]
+    of_both: list[list[Array]]
 
-    def of(self, problem: Problem) -> list[Array]:
+    def of(self, problem: Problem) -> list[list[Array]]:
         """Those of the problem's rates: with its running cost, if it has one."""
         return self.of_field if problem.running_cost is None else self.of_both
 
 
 class HandedOn(NamedTuple):
-    """What a step takes over: its first stage, and what the pullback there keeps, as in `Linearisations`."""
+    """What a step takes over: its first stage, and what the pullback there keeps, as of each in `Linearisations`."""
 
     slope: Arrays
     of_field: list[Array]
@@ -85,11 +85,10 @@ class KeepLinearisations(AbstractRungeKuttaKeep):
         runge_kutta, known = self.runge_kutta(solver), step.taken_over
         stages = step.stages[: runge_kutta.stages_that_matter(interpolated=interpolated)]
 
-        def residuals(problem: Problem, of_first: list[list[Array]]) -> list[Array]:
+        def residuals(problem: Problem, of_first: list[list[Array]]) -> list[list[Array]]:
             linear = Linearisation(problem)
             pullbacks = runge_kutta.pullbacks(problem, step.interval, step.before, stages, first=len(of_first))
-            others = [linear.residuals(jax.tree.leaves(pullback)) for pullback in pullbacks]
-            return tree.stack([*of_first, *others])
+            return [*of_first, *(linear.residuals(jax.tree.leaves(pullback)) for pullback in pullbacks)]
 
         of_field = residuals(problem.without_cost(), [] if known is None else [known.of_field])
         of_both = []
@@ -100,9 +99,9 @@ class KeepLinearisations(AbstractRungeKuttaKeep):
     def shapes(self, problem: Problem, solver: AbstractSolver, *, interpolated: bool) -> Linearisations:
         stages = self.runge_kutta(solver).stages_that_matter(interpolated=interpolated)
 
-        def kept(problem: Problem) -> list[Arrays]:
+        def kept(problem: Problem) -> list[list[Array]]:
             linear = Linearisation(problem)
-            return tree.buffer(stages, linear.residuals(linear.anywhere))
+            return [linear.residuals(linear.anywhere)] * stages
 
         def linearisations() -> Linearisations:
             of_both = [] if problem.running_cost is None else kept(problem)
@@ -123,7 +122,7 @@ class KeepLinearisations(AbstractRungeKuttaKeep):
 
         def pullbacks(interval: Interval, kept: Linearisations) -> list[Pullback]:
             del interval
-            return [linear.pullback(linear.leaves(residuals)) for residuals in tree.unstack(kept.of(problem), stages)]
+            return [linear.pullback(linear.leaves(residuals)) for residuals in kept.of(problem)]
 
         def transposed(interval: Interval, kept: Linearisations, cotangent: StepOutputs) -> tuple[Arrays, Parameters]:
             of_stages = pullbacks(interval, kept)
@@ -156,7 +155,7 @@ def suitable_keep(inputs: Inputs, integrator: Integrator) -> AbstractKeep:
         return KeepStates()
     linearisations = KeepLinearisations().shapes(problem, solver, interpolated=interpolated)
     of_step = tree.size_in_bytes(linearisations)
-    if len(linearisations.of_field) > MOST_ARRAYS or of_step > of_parameters:
+    if len(linearisations.of_field[0]) > MOST_ARRAYS or of_step > of_parameters:
         return KeepStates()
     of_segment = STEPS_OF_SEGMENT * of_step if grid_steps is None else grid_steps * of_step
     budget = max(of_parameters, SMALL_SEGMENT) if grid_steps is None else BUDGET_OF_LANE
