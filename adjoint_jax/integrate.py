@@ -659,7 +659,8 @@ def _evaluated_for(stretch: Stretch, problem: Problem, solver: AbstractSolver, t
     if problem.is_in_scalars:
         return evaluated()
     like = jax.eval_shape(evaluated)
-    anything = state if like == jax.eval_shape(lambda: state) else tree.zeros_like(like)
+    is_like_state = jax.tree.flatten(like) == jax.tree.flatten(jax.eval_shape(lambda: state))
+    anything = state if is_like_state else tree.zeros_like(like)
     return jax.lax.cond(any_lane(stretch.steps > 0), evaluated, lambda: anything)
 
 

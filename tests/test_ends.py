@@ -1,12 +1,14 @@
 """Ends of steps: those that a formula gives are those that an array holds."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from adjoint_jax.controllers.grids import FixedSteps, StepTo
-from adjoint_jax.ends import EndsFrom, EndsReached, EvenEnds, RecordedEnds
+from adjoint_jax.ends import EndsFrom, EndsReached, EvenEnds, GivenEnds, RecordedEnds, Stride
 
 
 def all_of(ends, count):
@@ -30,6 +32,20 @@ def test_even_ends(t0, t1, dtype):
 def test_given_ends_run_from_the_ends_of_the_integration():
     t0, t1 = jnp.array(0.5), jnp.array(2.5)
     assert np.array_equal(all_of(StepTo([0.0, 1.0, 2.0]).grid(t0, t1), 4), [0.5, 1.0, 2.5, 2.5])
+
+
+def test_recorded_steps_have_a_length_but_in_lanes():
+    """What is recorded of a single solve are accepted steps, and nothing must be chosen by whether they are. Lanes wait for
+    one another, and so do steps of a given grid for whoever repeats a time."""
+
+    def has_length(ends, start, end):
+        return EndsFrom(ends, jnp.int32(0)).has_length(Stride(start, end))
+
+    recorded, given = RecordedEnds(jnp.linspace(0.0, 1.0, 5)), GivenEnds(jnp.array([0.0, 0.5, 0.5]))
+    starts, ends = jnp.array([0.0, 0.5]), jnp.array([0.5, 0.5])
+    for steps, alone in ((recorded, True), (given, False)):
+        assert bool(has_length(steps, starts[1], ends[1])) is alone
+        assert jax.vmap(functools.partial(has_length, steps))(starts, ends).tolist() == [True, False]
 
 
 @pytest.mark.parametrize("ends", [EvenEnds(jnp.array(0.0), jnp.array(1.0), 4), RecordedEnds(jnp.linspace(0.0, 1.0, 5))])

@@ -170,6 +170,16 @@ def test_throw_within_jit_raises_a_runtime_error_with_the_same_message():
     np.testing.assert_allclose(end(0.4), np.exp(-0.4), rtol=1e-5)
 
 
+@pytest.mark.parametrize(("tolerance", "status"), [(1e-6, Status.SUCCESS), (1e-9, Status.TOLERANCE_TOO_SMALL)])
+def test_leaves_are_resolved_in_their_own_precision(tolerance, status):
+    y0, controller = (np.float32(1.0), np.float64(1.0)), aj.PIDController(tolerance, tolerance)
+
+    def decays(t, y, args):
+        return jax.tree.map(jnp.negative, y)
+
+    assert aj.solve(decays, 0.0, 1.0, y0, controller=controller, throw=False).status == status
+
+
 def test_throw_under_vmap_names_the_lane():
     @jax.jit
     @jax.vmap

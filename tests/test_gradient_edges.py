@@ -258,6 +258,28 @@ def test_a_failed_lane_that_is_used_gives_nan(adjoint, options):
         compare(tuple(got[lane]), tuple(wanted[lane]), 1e-6)
 
 
+def explosive_network(t, y, args):
+    """The same in every entry; and a product of matrices, so that no solve is one kernel."""
+    theta, weights = args
+    return theta * y**2 + y @ weights
+
+
+@both
+@pytest.mark.parametrize("options", FAILING.values(), ids=FAILING)
+def test_a_failed_solve_by_itself(adjoint, options):
+    """One number of it asked for: NaN in everything. None: zeros, and what else the loss is made of."""
+
+    def loss(y0, args, is_asked):
+        solution = aj.solve(explosive_network, 0.0, 1.0, y0, args, adjoint=adjoint, throw=False, **options)
+        asked = jnp.where(is_asked, solution.ys[0, 1, 0], 0.0)
+        return asked + jnp.sum(jnp.sin(y0)) + args[0]
+
+    y0, args = jnp.full((2, 3), 5.0), (jnp.array(1.0), jnp.zeros((3, 3)))
+    of_solve = jit(jax.grad(loss, (0, 1)))
+    assert all(np.isnan(leaf).all() for leaf in jax.tree.leaves(of_solve(y0, args, True)))
+    compare(of_solve(y0, args, False), (jnp.cos(y0), (1.0, jnp.zeros((3, 3)))), 1e-12)
+
+
 @both
 def test_rows_before_a_failure_have_gradients(adjoint):
     """What was reached is differentiable: the rows of a lane that explodes later."""

@@ -119,7 +119,7 @@ class AtEnd(NamedTuple):
     """What the loss says of the end of a solve: dJ/dy1, and dJ/dcost, which is () for a problem without a cost; and whether
     it asks for anything that was not reached, there or at save times.
 
-    If so, both are NaN."""
+    If so, both are NaN; if the solve failed and it does not, they are zero, as `blame` has it."""
 
     y1: Arrays
     cost: Arrays
@@ -128,12 +128,15 @@ class AtEnd(NamedTuple):
     @staticmethod
     def of(ended: Int[Array, ""], y1: Arrays, cost: Arrays, rows: Sequence[Arrays | None]) -> "AtEnd":
         """`ended`: the `Status` of the loop. `rows`: what the loss says of save times, as `blame` leaves it."""
-        is_lost = (ended != Status.SUCCESS) & (tree.any_nonzero((y1, cost)) | ~tree.all_finite(rows))
-        return AtEnd(*tree.unknown_if(is_lost, (y1, cost)), is_lost)
+        failed = ended != Status.SUCCESS
+        blamed = blame((y1, cost), failed)
+        is_lost = failed & ~tree.all_finite((blamed, rows))
+        y1, cost = tree.unknown_if(is_lost, blamed)
+        return AtEnd(y1, cost, is_lost)
 
 
 def said_of_end(problem: Problem, cotangent: Saved) -> tuple[Arrays, Arrays]:
-    """dJ/dy1 and dJ/dcost, zero if nobody asks."""
+    """dJ/dy1 and dJ/dcost, which is () for a problem without a cost: zero if nobody asks."""
     cost = () if problem.running_cost is None else materialise(cotangent.cost, problem.zero_cost())
     return materialise(cotangent.y1, problem.y0), cost
 

@@ -209,9 +209,10 @@ class PIDController(AbstractStepSize):
         return _resolution(t) if self.dtmin is None else jnp.maximum(_resolution(t), self.dtmin)
 
     def unresolvable(self, y: Arrays) -> Bool[Array, ""]:
-        units = {float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(y)}
-        if len(units) == 1:
-            return self.tolerance.ratio(y, y, y) * units.pop() > 1.0
+        """Leaves of one precision are scaled together, so that XLA finds the norm of y that the first step asks for."""
+        roundings = {float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(y)}
+        if len(roundings) == 1:
+            return self.tolerance.ratio(y, y, y) * roundings.pop() > 1.0
         rounding = tree.map(lambda leaf: jnp.finfo(leaf.dtype).eps * leaf, y)
         return self.tolerance.ratio(rounding, y, y) > 1.0
 
