@@ -77,7 +77,7 @@ class RecordedEnds(AbstractEnds):
 
     def has_length(self, stride: Stride) -> Bool[Array, ""]:
         """Always, as they are those of accepted steps; but where others are accepted, lanes record steps of no length."""
-        return jnp.asarray(in_lanes(lambda moves: True, lambda moves: moves)(stride.start != stride.end))
+        return jnp.asarray(in_lanes(jnp.ones_like, lambda moves: moves)(stride.start != stride.end))
 
     def recorded(self, index: Int[Array, ""], times: Float[Array, " length"]) -> "RecordedEnds":
         return RecordedEnds(put_block(self.times, index, times))

@@ -51,7 +51,7 @@ class Tolerance(AbstractTolerance):
         def scaled(e: Array, a: Array, b: Array, r: ArrayLike, s: ArrayLike) -> Array:
             dtype = tree.real_dtype(a.dtype)
             scale = jnp.asarray(s, dtype) + jnp.asarray(r, dtype) * jnp.maximum(jnp.abs(a), jnp.abs(b))
-            return jnp.where(e == 0, 0, jnp.abs(e) / scale)
+            return jnp.where((e == 0) & (scale == 0), 0, jnp.abs(e) / scale)
 
         return jnp.asarray(self.norm(tree.map(scaled, error, y0, y1, rtol, atol)))
 
@@ -65,7 +65,7 @@ class Rounding(AbstractTolerance):
 
         def scaled(e: Array) -> Array:
             scale = (1e3 * jnp.finfo(e.dtype).eps * size).astype(tree.real_dtype(e.dtype))
-            return jnp.where(e == 0, 0, jnp.abs(e) / scale)
+            return jnp.where((e == 0) & (scale == 0), 0, jnp.abs(e) / scale)
 
         return rms_norm(tree.map(scaled, error))
 

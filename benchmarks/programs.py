@@ -68,11 +68,6 @@ def loss(problem: Problem, ys: Any) -> Any:
     return jnp.mean(jnp.square(ys)) if problem.weights is None else jnp.sum(problem.weights * ys)
 
 
-def forward_gradient(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The gradient by forward mode, as jax.grad has it by reverse mode."""
-    return jax.jacfwd(function)
-
-
 class JaxProgram(Program):
     """A solve in JAX, compiled once for all tolerances. A gradient is what `jax.grad` makes of a loss, and nothing more:
     what a library tells of its work is asked of the solve alone, afterwards."""

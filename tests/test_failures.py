@@ -180,6 +180,16 @@ def test_leaves_are_resolved_in_their_own_precision(tolerance, status):
     assert aj.solve(decays, 0.0, 1.0, y0, controller=controller, throw=False).status == status
 
 
+def test_a_tolerance_that_is_no_number_is_no_tolerance():
+    """Whatever the error is: here there is none."""
+
+    def status(rtol):
+        controller = aj.PIDController(rtol, 1e-6)
+        return aj.solve(lambda t, y, args: jnp.zeros_like(y), 0.0, 1.0, 1.0, controller=controller, throw=False).status
+
+    assert jax.jit(status)(jnp.nan) != Status.SUCCESS == jax.jit(status)(1e-6)
+
+
 def test_throw_under_vmap_names_the_lane():
     @jax.jit
     @jax.vmap

@@ -209,16 +209,13 @@ class _Sweep:
         if problem.is_small:
             return AtEnd.of(report.ended, y1, cost, self.row_cotangents), None
 
-        def at_end(*operands: Any) -> tuple[AtEnd, Any]:
-            return AtEnd.of(*operands), None
-
-        def at_end_with_parameters(*operands: Any) -> tuple[AtEnd, Any]:
-            end = AtEnd.of(*operands)
-            return end, begun(flat(tree.zeros_like(problem.parameters)), end.is_lost)
-
         are_few = tree.size_in_bytes(problem.parameters) <= FEW_BYTES
-        function = at_end_with_parameters if are_few else at_end
-        end, parameters = problem.decide(function, report.ended, *flat((y1, cost, self.row_cotangents)))
+
+        def at_end(*operands: Any) -> tuple[AtEnd, Any]:
+            end = AtEnd.of(*operands)
+            return end, begun(flat(tree.zeros_like(problem.parameters)), end.is_lost) if are_few else None
+
+        end, parameters = problem.decide(at_end, report.ended, *flat((y1, cost, self.row_cotangents)))
         if are_few:
             parameters = shaped(parameters, jax.eval_shape(begun, problem.parameters, end.is_lost))
         return AtEnd(shaped(end.y1, y1), shaped(end.cost, cost), end.is_lost), parameters

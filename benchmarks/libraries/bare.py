@@ -10,7 +10,7 @@ import numpy as np
 
 import adjoint_jax as aj
 from benchmarks.problems import Components, Field, Problem
-from benchmarks.programs import JaxProgram, Program, Quantity, Told, forward_gradient
+from benchmarks.programs import JaxProgram, Program, Quantity, Told
 
 Step = Callable[[Field, Any, Any, Any, Any], Any]
 """step(field, t, h, y, parameters) -> y at t + h."""
@@ -96,7 +96,7 @@ class LanesProgram(JaxProgram):
             def cost(shift: jax.Array) -> jax.Array:
                 return jnp.mean(jnp.square(self.solve(y0, parameters + shift, tolerance)[0]), axis=-1)
 
-            return forward_gradient(cost)(jnp.zeros(parameters.shape[-1], parameters.dtype)), {}
+            return jax.jacfwd(cost)(jnp.zeros(parameters.shape[-1], parameters.dtype)), {}
 
         return values if self.quantity is Quantity.FORWARD else gradient
 

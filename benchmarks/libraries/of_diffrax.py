@@ -11,7 +11,7 @@ import numpy as np
 import optimistix
 
 from benchmarks.problems import Components, Problem
-from benchmarks.programs import Derivative, JaxProgram, Program, Quantity, Solve, Told, forward_gradient
+from benchmarks.programs import Derivative, JaxProgram, Program, Quantity, Solve, Told
 
 
 class RK4(diffrax.AbstractERK):
@@ -126,12 +126,12 @@ default = With(Settings(_default, _tsit5))
 default_rk4 = With(Settings(_default, RK4()))
 backsolve = With(Settings(_backsolve, _tsit5))
 backsolve_rk4 = With(Settings(_backsolve, RK4()))
-forward_mode = With(Settings(diffrax.ForwardMode(), _tsit5), forward_gradient)
+forward_mode = With(Settings(diffrax.ForwardMode(), _tsit5), jax.jacfwd)
 tuned = Tuned(_tsit5, solve_by)
 tuned_rk4 = Tuned(RK4(), solve_by)
 _newton = diffrax.with_stepsize_controller_tols(optimistix.Newton)()
 _kvaerno5_newton = diffrax.Kvaerno5(root_finder=_newton)
 kvaerno5 = With(Settings(_default, diffrax.Kvaerno5()))
 kvaerno5_newton = Tuned(_kvaerno5_newton, solve_by)
-kvaerno5_forward_mode = With(Settings(diffrax.ForwardMode(), _kvaerno5_newton), forward_gradient)
+kvaerno5_forward_mode = With(Settings(diffrax.ForwardMode(), _kvaerno5_newton), jax.jacfwd)
 tuned_tuple = Tuned(_tsit5, solve_on_tuples)

@@ -10,7 +10,7 @@ from adjoint_jax.adjoints.adjoint import AbstractAdjoint
 from adjoint_jax.controllers.controller import AbstractController
 from adjoint_jax.solvers.solver import AbstractSolver
 from benchmarks.problems import Problem
-from benchmarks.programs import Derivative, JaxProgram, Program, Quantity, Solve, Told, forward_gradient
+from benchmarks.programs import Derivative, JaxProgram, Program, Quantity, Solve, Told
 
 
 def solve_by(problem: Problem, adjoint: AbstractAdjoint, solver: AbstractSolver) -> Solve:
@@ -57,7 +57,7 @@ gauss = With(aj.GaussAdjoint(), _tsit5)
 backsolve = With(aj.BacksolveAdjoint(), _tsit5)
 backsolve_rk4 = With(aj.BacksolveAdjoint(), _rk4)
 reversible_rk4 = With(aj.ReversibleAdjoint(), aj.Reversible(_rk4))
-forward_mode = With(aj.ForwardMode(), _tsit5, forward_gradient)
+forward_mode = With(aj.ForwardMode(), _tsit5, jax.jacfwd)
 rodas5p = With(aj.DiscreteAdjoint(), _rodas5p)
 kvaerno5 = With(aj.DiscreteAdjoint(), aj.Kvaerno5())
 
