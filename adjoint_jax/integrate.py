@@ -344,7 +344,7 @@ class _SteppingLoop(NamedTuple):
         walk = _Walk(
             t=problem.t0,
             state=state,
-            slope=solver.handed_on(problem, first, state, slope) if solver.reuses_last_stage else None,
+            slope=solver.taken_over(problem, first, state, slope) if solver.reuses_last_stage else None,
             h=proposal.h,
             memory=proposal.memory,
         )
@@ -469,7 +469,7 @@ class _SteppingLoop(NamedTuple):
         step = jax.lax.cond(
             any_lane(wanted),
             lambda s: self.solver.with_dense_stages(self.problem, s),
-            lambda s: s._replace(stages=s.stages + self.solver.extra_stages * (tree.zeros_like(s.stages[0]),)),
+            self.solver.with_blank_stages,
             step,
         )
         return step, wanted * jnp.int32(self.solver.extra_stages)
@@ -478,7 +478,7 @@ class _SteppingLoop(NamedTuple):
         """What the next step takes over, evaluated anew behind a jump."""
         if not self.solver.reuses_last_stage:
             return None
-        slope = tree.where(accepted, _handed_on(self.problem, self.solver, step), walk.slope)
+        slope = tree.where(accepted, self.solver.handed_on(step), walk.slope)
         if self.controller.jump_ts is None:
             return slope
         jumped = self._jumps(step.interval.end, accepted) > 0
@@ -639,7 +639,7 @@ class _GridLoop(NamedTuple):
         if self._interpolates:
             step = self.solver.with_dense_stages(self.problem, step)
         taken = self.grid.has_length(stride)
-        slope = _handed_on(self.problem, self.solver, step) if self._reuses_last_stage else None
+        slope = self.solver.handed_on(step) if self._reuses_last_stage else None
         step = step._replace(after=tree.where(taken, step.after, state))
         iterations += _taken(step.iterations, taken)
         return _Pace(step.after, slope, iterations), tuple(recorder.note(step, taken) for recorder in self.recorders)
@@ -647,7 +647,7 @@ class _GridLoop(NamedTuple):
 
 def _evaluated(problem: Problem, solver: AbstractSolver, t: Scalar, state: Arrays) -> Any:
     """What a step from the state takes over, where none was taken before."""
-    return solver.handed_on(problem, t, state, solver.slope(problem, t, state))
+    return solver.taken_over(problem, t, state, solver.slope(problem, t, state))
 
 
 def _evaluated_for(stretch: Stretch, problem: Problem, solver: AbstractSolver, t: Scalar, state: Arrays) -> Any:
@@ -662,11 +662,6 @@ def _evaluated_for(stretch: Stretch, problem: Problem, solver: AbstractSolver, t
     is_like_state = jax.tree.flatten(like) == jax.tree.flatten(jax.eval_shape(lambda: state))
     anything = state if is_like_state else tree.zeros_like(like)
     return jax.lax.cond(any_lane(stretch.steps > 0), evaluated, lambda: anything)
-
-
-def _handed_on(problem: Problem, solver: AbstractSolver, step: Step) -> Any:
-    """What a step hands on to the next."""
-    return solver.handed_on(problem, step.interval.last, step.after, solver.last_stage(step))
 
 
 SMALL_ARRAY_BYTES = 512

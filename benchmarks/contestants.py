@@ -67,6 +67,7 @@ BARE_TSIT5 = _bare("scan", "tsit5_plain")
 BARE_TSIT5_REMAT = _bare("scan, remat", "tsit5_remat")
 BARE_LANES = _bare("loop over lanes", "lanes")
 BARE_ADJOINT = _Entrants("jax", Role.BARE, "bare", "bare_adjoint")("loops, transposed steps", "adaptive")
+BARE_SEGMENTS = _Entrants("jax", Role.BARE, "bare", "bare_segments")("the same in segments", "adaptive")
 
 IMPORTED = (
     Contestant("adjoint_jax", "adjoint_jax", Role.OURS, "adjoint_jax"),

@@ -305,7 +305,7 @@ def _compile(length: Length) -> Row:
     """Gradients of the problems of the other rows; each build in a process of its own."""
     lanes = min(256, length.largest_lanes)
     steps = min(10_000, length.largest_steps)
-    general = (by.DISCRETE, by.DIFFRAX, by.JAX_ODE, by.BARE_ADJOINT)
+    general = (by.DISCRETE, by.DIFFRAX, by.JAX_ODE, by.BARE_ADJOINT, by.BARE_SEGMENTS)
     on_grids = (by.DISCRETE_RK4, by.DIFFRAX_RK4, by.BARE_RK4)
     chosen: tuple[tuple[str, Callable[[], Problem], tuple[Contestant, ...], float | None], ...] = (
         ("Lotka-Volterra", problems.lotka_volterra, general, 1e-6),

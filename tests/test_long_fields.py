@@ -23,6 +23,18 @@ CASES = {
     "grid": {"controller": aj.FixedSteps(7), "solver": aj.RK4()},
     "stages kept": {"controller": aj.FixedSteps(7), "adjoint": aj.DiscreteAdjoint(keep=aj.KeepStages())},
     "linearisations kept": {"controller": aj.FixedSteps(7), "adjoint": aj.DiscreteAdjoint(keep=aj.KeepLinearisations())},
+    "linearisations kept of few": {
+        "controller": aj.PIDController(1e-6, 1e-6, jump_ts=(0.3,)),
+        "saveat": aj.SaveAt(TS),
+        "running_cost": lambda t, y, weights: jnp.sum(y**2) * weights[0, 0, 0],
+        "adjoint": aj.DiscreteAdjoint(checkpoints=1, keep=aj.KeepLinearisations(4096)),
+    },
+    "linearisations kept with dense stages": {
+        "controller": aj.PIDController(1e-6, 1e-6),
+        "saveat": aj.SaveAt(TS),
+        "solver": aj.Dopri8(),
+        "adjoint": aj.DiscreteAdjoint(keep=aj.KeepLinearisations()),
+    },
     "backsolve": {"controller": aj.PIDController(1e-6, 1e-6), "adjoint": aj.BacksolveAdjoint()},
     "backsolve on a grid": {"controller": aj.FixedSteps(7), "solver": aj.RK4(), "adjoint": aj.BacksolveAdjoint()},
     "interpolating": {"controller": aj.PIDController(1e-6, 1e-6), "adjoint": aj.InterpolatingAdjoint()},
@@ -168,7 +180,7 @@ def lowered(case):
 
 
 def test_linearisations_of_a_long_field_are_not_kept_by_default(monkeypatch):
-    """They would be written out for every stage."""
+    """They are known to pay for short ones alone."""
     y0, weights = jnp.asarray(Y0), jnp.asarray(np.tile(WEIGHTS, (10, 1, 1)))
 
     def layer(t, y, weights):

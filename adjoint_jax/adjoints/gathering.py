@@ -6,7 +6,7 @@ as all weights, a product of a column and a row; many of them together are one p
 
 import abc
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -14,10 +14,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 from adjoint_jax import tree
+from adjoint_jax.kernels import stored_alone
 from adjoint_jax.lanes import put
-from adjoint_jax.problem import Interval, Parameters, Problem
-from adjoint_jax.solvers.explicit_runge_kutta import ExplicitRungeKutta
-from adjoint_jax.solvers.linearisation import InHalves, Said
+from adjoint_jax.problem import Interval, Parameters, Rates
+from adjoint_jax.solvers.explicit_runge_kutta import ExplicitRungeKutta, Gather
+from adjoint_jax.solvers.linearisation import InHalves, Linearisation, Said
 from adjoint_jax.solvers.solver import Pullback, StepOutputs
 from adjoint_jax.tree import Arrays
 
@@ -107,18 +108,23 @@ class _Gathered(NamedTuple):
 
 
 class Together(AbstractGathering):
-    """Computed of all stages of a chunk of steps together. `pullbacks`: those of a step's stages, from what is kept of
-    it."""
+    """Computed of all stages of a chunk of steps together. `linear`: the pullback of the rates. `pullback`: that of a
+    step's stage, from what is kept of the step."""
 
     def __init__(
         self,
-        problem: Problem,
+        linear: Linearisation,
         solver: ExplicitRungeKutta,
         stages: int,
-        pullbacks: Callable[[Interval, Any], Sequence[Pullback]],
+        pullback: Callable[[Any, int | Array], Pullback],
     ):
-        self._problem, self._solver, self._stages, self._pullbacks = problem, solver, stages, pullbacks
-        self._halves = InHalves(problem)
+        self._problem, self._solver, self._stages, self._pullback = linear.problem, solver, stages, pullback
+        self._halves = InHalves(linear)
+        self._stacked = Gather(tree.stack, self._nothing, put)
+
+    def _nothing(self) -> Said:
+        """What no stage has said yet, stacked."""
+        return tree.buffer(self._stages, self._halves.said)
 
     @property
     def pays(self) -> bool:
@@ -131,12 +137,22 @@ class Together(AbstractGathering):
         return _Sum(zeros, jnp.array(True), unknown)
 
     def opened(self, so_far: _Sum, steps: int) -> _Gathered:
-        return _Gathered(so_far, tree.buffer(steps, tree.buffer(self._stages, self._halves.said)))
+        return _Gathered(so_far, tree.buffer(steps, self._nothing()))
 
     def transposed(self, interval: Interval, kept: Any, cotangent: StepOutputs) -> tuple[Arrays, Said]:
-        firsts = [functools.partial(self._halves.first, pullback) for pullback in self._pullbacks(interval, kept)]
-        a, said = self._solver.transposed_from_pullbacks(self._problem, interval, firsts, cotangent)
-        return a, tree.stack(said)
+        """What goes into a pullback and what it says is stored: XLA would compute it anew where it is written down, and a
+        vector once more where a matrix is multiplied by it."""
+
+        def pull(pullback: Pullback, cotangent: Rates) -> tuple[Arrays, Said]:
+            of_y, said = self._halves.first(pullback, stored_alone(cotangent))
+            return of_y, stored_alone(said)
+
+        def first_half(i: int | Array) -> Callable[[Rates], tuple[Arrays, Said]]:
+            return functools.partial(pull, self._pullback(kept, i))
+
+        return self._solver.transposed_from_linearisations(
+            self._problem, interval, self._stages, first_half, cotangent, self._stacked
+        )
 
     def entered(self, gathered: _Gathered, index: Int[Array, ""], said: Said, taken: Bool[Array, ""]) -> _Gathered:
         return gathered._replace(said=put(gathered.said, index, tree.where(taken, said, tree.zeros_like(said))))

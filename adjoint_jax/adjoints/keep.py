@@ -37,8 +37,9 @@ class AbstractMemo(eqx.Module):
         del bytes_of_step
         return steps
 
-    def method(self, solver: AbstractSolver) -> AbstractSolver:
-        """The method to take steps with: the same, or one that hands on from step to step what is kept of them."""
+    def method(self, problem: Problem, solver: AbstractSolver) -> AbstractSolver:
+        """The method to take steps with: the same, or one that notes what is kept of them."""
+        del problem
         return solver
 
     @abc.abstractmethod
@@ -53,9 +54,9 @@ class AbstractMemo(eqx.Module):
         """Bytes that are kept of a step."""
         return tree.size_in_bytes(self.shapes(problem, solver, interpolated=interpolated))
 
-    def chunk(self, problem: Problem, solver: AbstractSolver, *, interpolated: bool) -> int:
+    def chunk(self, solver: AbstractSolver, bytes_of_step: int, *, interpolated: bool) -> int:
         """The number of steps that are best looked at at a time, if it matters."""
-        del problem, solver, interpolated
+        del solver, bytes_of_step, interpolated
         return 1
 
 

@@ -1,9 +1,12 @@
 """Keeping the linearisations of stages, as plain backpropagation does; and, where that pays, gathering what many stages say
 of the parameters' derivatives before it is computed."""
 
+import functools
 from typing import ClassVar, NamedTuple
 
+import equinox as eqx
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array
 
 from adjoint_jax import tree
@@ -11,11 +14,13 @@ from adjoint_jax.adjoints.adjoint import Inputs
 from adjoint_jax.adjoints.gathering import AbstractGathering, AtOnce, Together, steps_together
 from adjoint_jax.adjoints.keep import BUDGET_OF_LANE, AbstractKeep, AbstractRungeKuttaKeep, KeepStates
 from adjoint_jax.integrate import Integrator
+from adjoint_jax.kernels import stored_alone
 from adjoint_jax.lanes import are_lanes
 from adjoint_jax.problem import Interval, Parameters, Problem
-from adjoint_jax.solvers.explicit_runge_kutta import ExplicitRungeKutta, summed
+from adjoint_jax.solvers.explicit_runge_kutta import ExplicitRungeKutta, Stage, summed
 from adjoint_jax.solvers.linearisation import Linearisation
-from adjoint_jax.solvers.solver import AbstractSolver, Pullback, Step, StepOutputs, pullback_at
+from adjoint_jax.solvers.solver import AbstractSolver, Pullback, Step, StepOutputs
+from adjoint_jax.solvers.tableau import ButcherTableau
 from adjoint_jax.tree import Arrays, Scalar
 
 STEPS_OF_SEGMENT, SMALL_SEGMENT, MANY_PARAMETERS = 10, 2**22, 2**20
@@ -25,42 +30,77 @@ MOST_ARRAYS = 8
 """Of a stage's linearisation: more take longer to compile, and save no time."""
 
 
-class Linearisations(NamedTuple):
-    """A state, and what the pullbacks of a step's stages keep that varies from stage to stage, one stage after the other:
-    those of the field alone and, if there is a running cost, those of both. Which of them is wanted, only the way back
-    knows: a cost that the loss does not use must have no effect, even where its derivative is not finite."""
+class Residuals(NamedTuple):
+    """What a pullback keeps that varies from point to point: that of the field alone and, if there is a running cost, that
+    of both. Which of them is wanted, only the way back knows: a cost that the loss does not use must have no effect, even
+    where its derivative is not finite."""
 
-    state: Arrays
-    of_field: list[list[Array]]
-    of_both: list[list[Array]]
+    of_field: list[Array]
+    of_both: list[Array]
 
-    def of(self, problem: Problem) -> list[list[Array]]:
+    def of(self, problem: Problem) -> list[Array]:
         """Those of the problem's rates: with its running cost, if it has one."""
         return self.of_field if problem.running_cost is None else self.of_both
 
 
-class HandedOn(NamedTuple):
-    """What a step takes over: its first stage, and what the pullback there keeps, as of each in `Linearisations`."""
+class Linearisations(NamedTuple):
+    """A state, and what the pullbacks of a step's stages keep: one stage after the other; or, of long steps, stacked."""
 
-    slope: Arrays
-    of_field: list[Array]
-    of_both: list[Array]
+    state: Arrays
+    stages: list[Residuals] | Residuals
+
+    def at(self, i: int | Array) -> Residuals:
+        """Those of one stage."""
+        return self.stages[i] if isinstance(self.stages, list) else tree.take(self.stages, jnp.asarray(i))
 
 
 class LinearisingRungeKutta(ExplicitRungeKutta):
-    """A method whose last stage is the next step's first, and which hands on its linearisation, too."""
+    """A method that notes the linearisation of the field at its stages; and, if there is a running cost, that of both."""
 
-    def step(self, problem: Problem, interval: Interval, state: Arrays, first: HandedOn | None) -> Step:
-        if first is None:
-            return super().step(problem, interval, state, None)
-        return super().step(problem, interval, state, first.slope)._replace(taken_over=first)
+    of_field: Linearisation = eqx.field(static=True)
+    of_both: Linearisation | None = eqx.field(static=True)
 
-    def handed_on(self, problem: Problem, t: Scalar, state: Arrays, slope: Arrays) -> HandedOn:
-        def residuals(problem: Problem) -> list[Array]:
-            return Linearisation(problem).residuals(jax.tree.leaves(pullback_at(problem, t, state)[1]))
+    @staticmethod
+    def of(problem: Problem, tableau: ButcherTableau) -> "LinearisingRungeKutta":
+        of_both = None if problem.running_cost is None else Linearisation(problem)
+        return LinearisingRungeKutta(tableau, Linearisation(problem.without_cost()), of_both)
 
-        of_both = [] if problem.running_cost is None else residuals(problem)
-        return HandedOn(slope, residuals(problem.without_cost()), of_both)
+    def is_long(self, problem: Problem) -> bool:
+        """As where steps are transposed, whatever program stands for the field where they are taken."""
+        del problem
+        return super().is_long(self.of_field.problem)
+
+    def evaluated(self, problem: Problem, t: Scalar, y: Arrays) -> Stage:
+        del problem
+        rates, of_field = self.of_field.at(t, y)
+        of_both = [] if self.of_both is None else self.of_both.at(t, y)[1]
+        return Stage(rates.y, stored_alone(Residuals(of_field, of_both)))
+
+    def step(self, problem: Problem, interval: Interval, state: Arrays, first: Stage | None) -> Step:
+        known = [] if first is None else [first]
+        stages, noted = self.stages(problem, interval, state, known, self.tableau.stages)
+        return self.step_of(interval, state, stages)._replace(noted=noted)
+
+    def taken_over(self, problem: Problem, t: Scalar, state: Arrays, slope: Arrays) -> Stage:
+        return Stage(slope, self.evaluated(problem, t, state).noted)
+
+    def handed_on(self, step: Step) -> Stage:
+        return self._stages_of(step)[self.tableau.stages - 1]
+
+    def with_dense_stages(self, problem: Problem, step: Step) -> Step:
+        count = self.tableau.stages + self.extra_stages
+        stages, noted = self.stages(problem, step.interval, step.before, self._stages_of(step), count)
+        return step._replace(stages=tuple(stages), noted=noted)
+
+    def with_blank_stages(self, step: Step) -> Step:
+        stages = self._stages_of(step)
+        noted = [stage.noted for stage in stages] + [tree.zeros_like(stages[0].noted)] * self.extra_stages
+        return super().with_blank_stages(step)._replace(noted=noted if isinstance(step.noted, list) else tree.stack(noted))
+
+    def _stages_of(self, step: Step) -> list[Stage]:
+        count = len(step.stages)
+        noted = step.noted if isinstance(step.noted, list) else tree.unstack(step.noted, count)
+        return [Stage(*pair) for pair in zip(step.stages, noted, strict=True)]
 
 
 class KeepLinearisations(AbstractRungeKuttaKeep):
@@ -77,58 +117,50 @@ class KeepLinearisations(AbstractRungeKuttaKeep):
 
     what: ClassVar[str] = "linearisations"
 
-    def method(self, solver: AbstractSolver) -> AbstractSolver:
-        runge_kutta = self.runge_kutta(solver)
-        return LinearisingRungeKutta(runge_kutta.tableau) if solver.reuses_last_stage else solver
+    def method(self, problem: Problem, solver: AbstractSolver) -> AbstractSolver:
+        return LinearisingRungeKutta.of(problem, self.runge_kutta(solver).tableau)
 
     def of(self, problem: Problem, solver: AbstractSolver, step: Step, *, interpolated: bool) -> Linearisations:
-        runge_kutta, known = self.runge_kutta(solver), step.taken_over
-        stages = step.stages[: runge_kutta.stages_that_matter(interpolated=interpolated)]
-
-        def residuals(problem: Problem, of_first: list[list[Array]]) -> list[list[Array]]:
-            linear = Linearisation(problem)
-            pullbacks = runge_kutta.pullbacks(problem, step.interval, step.before, stages, first=len(of_first))
-            return [*of_first, *(linear.residuals(jax.tree.leaves(pullback)) for pullback in pullbacks)]
-
-        of_field = residuals(problem.without_cost(), [] if known is None else [known.of_field])
-        of_both = []
-        if problem.running_cost is not None:
-            of_both = residuals(problem, [] if known is None else [known.of_both])
-        return Linearisations(step.before, of_field, of_both)
+        count = self.runge_kutta(solver).stages_that_matter(interpolated=interpolated)
+        if isinstance(step.noted, list):
+            return Linearisations(step.before, step.noted[:count])
+        return Linearisations(step.before, tree.map(lambda stacked: stacked[:count], step.noted))
 
     def shapes(self, problem: Problem, solver: AbstractSolver, *, interpolated: bool) -> Linearisations:
-        stages = self.runge_kutta(solver).stages_that_matter(interpolated=interpolated)
+        runge_kutta = self.runge_kutta(solver)
+        count = runge_kutta.stages_that_matter(interpolated=interpolated)
 
-        def kept(problem: Problem) -> list[list[Array]]:
+        def residuals(problem: Problem) -> list[Array]:
             linear = Linearisation(problem)
-            return [linear.residuals(linear.anywhere)] * stages
+            return linear.residuals(linear.anywhere)
 
         def linearisations() -> Linearisations:
-            of_both = [] if problem.running_cost is None else kept(problem)
-            return Linearisations(solver.start(problem), kept(problem.without_cost()), of_both)
+            of_both = [] if problem.running_cost is None else residuals(problem)
+            one = Residuals(residuals(problem.without_cost()), of_both)
+            stages = tree.buffer(count, one) if runge_kutta.is_long(problem) else [one] * count
+            return Linearisations(solver.start(problem), stages)
 
         return jax.eval_shape(linearisations)
 
     def state(self, kept: Linearisations) -> Arrays:
         return kept.state
 
-    def chunk(self, problem: Problem, solver: AbstractSolver, *, interpolated: bool) -> int:
-        stages = self.runge_kutta(solver).stages_that_matter(interpolated=interpolated)
-        return steps_together(stages, self.bytes_of_step(problem, solver, interpolated=interpolated))
+    def chunk(self, solver: AbstractSolver, bytes_of_step: int, *, interpolated: bool) -> int:
+        return steps_together(self.runge_kutta(solver).stages_that_matter(interpolated=interpolated), bytes_of_step)
 
     def gathering(self, problem: Problem, solver: AbstractSolver, *, interpolated: bool) -> AbstractGathering:
         linear, runge_kutta = Linearisation(problem), self.runge_kutta(solver)
         stages = runge_kutta.stages_that_matter(interpolated=interpolated)
 
-        def pullbacks(interval: Interval, kept: Linearisations) -> list[Pullback]:
-            del interval
-            return [linear.pullback(linear.leaves(residuals)) for residuals in kept.of(problem)]
+        def pullback(kept: Linearisations, i: int | Array) -> Pullback:
+            return linear.pullback(linear.leaves(kept.at(i).of(problem)))
 
         def transposed(interval: Interval, kept: Linearisations, cotangent: StepOutputs) -> tuple[Arrays, Parameters]:
-            of_stages = pullbacks(interval, kept)
-            return summed(runge_kutta.transposed_from_pullbacks(problem, interval, of_stages, cotangent))
+            return runge_kutta.transposed_from_linearisations(
+                problem, interval, stages, functools.partial(pullback, kept), cotangent, summed(problem)
+            )
 
-        together = Together(problem, runge_kutta, stages, pullbacks)
+        together = Together(linear, runge_kutta, stages, pullback)
         return together if together.pays else AtOnce(transposed)
 
 
@@ -151,11 +183,11 @@ def suitable_keep(inputs: Inputs, integrator: Integrator) -> AbstractKeep:
         return KeepStates()
     grid_steps, of_parameters = integrator.grid_steps, tree.size_in_bytes(problem.parameters)
     are_too_few = grid_steps is None and of_parameters < MANY_PARAMETERS
-    if are_too_few or solver.is_long(problem, solver.stages_that_matter(interpolated=interpolated)):
+    if are_too_few or solver.is_long(problem):
         return KeepStates()
     linearisations = KeepLinearisations().shapes(problem, solver, interpolated=interpolated)
     of_step = tree.size_in_bytes(linearisations)
-    if len(linearisations.of_field[0]) > MOST_ARRAYS or of_step > of_parameters:
+    if len(linearisations.at(0).of_field) > MOST_ARRAYS or of_step > of_parameters:
         return KeepStates()
     of_segment = STEPS_OF_SEGMENT * of_step if grid_steps is None else grid_steps * of_step
     budget = max(of_parameters, SMALL_SEGMENT) if grid_steps is None else BUDGET_OF_LANE

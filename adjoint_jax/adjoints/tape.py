@@ -246,7 +246,7 @@ class StepRecorder(AbstractRecorder):
         return self.interpolated or self.keep.interpolates
 
     def method(self, solver: AbstractSolver) -> AbstractSolver:
-        return self.keep.method(solver)
+        return self.keep.method(self.problem, solver)
 
     def start(self, problem: Problem, layout: Layout, mark: Mark) -> Tape:
         raise NotImplementedError("A tape is started by a TapeRecorder.")
@@ -292,7 +292,7 @@ class TapeRecorder(StepRecorder):
         segment = layout.slots if self.length >= self.slots else round_up(self.length, layout.segment)
         fitting = chunk_length(tree.buffer(self.solver.dense_degree, problem.y0), problem.scalars_per_array)
         kept = self.keep.shapes(problem, self.solver, interpolated=self.interpolated)
-        chunk = max(fitting, self.keep.chunk(problem, self.solver, interpolated=self.interpolated))
+        chunk = max(fitting, self.keep.chunk(self.solver, tree.size_in_bytes(kept), interpolated=self.interpolated))
         segments = math.ceil(layout.slots / segment)
         checkpoints = min(segments, self.checkpoints or _most_checkpoints(layout.slots, mark))
         best = tuple(places(checkpoints, segments)) if self.grid is not None and checkpoints < segments else None

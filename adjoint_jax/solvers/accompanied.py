@@ -92,7 +92,7 @@ class Accompanied(AbstractSolver):
     def _is_long(self, problem: Problem) -> bool:
         if problem.multiplies_vectors and tree.size_in_bytes(self.so_far) > LOOPED_BYTES:
             return False
-        return self.method.is_long(problem.of_field(self.rates), self.method.tableau.stages)
+        return self.method.is_long(problem.of_field(self.rates))
 
     def _step_in_a_loop(self, interval: Interval, state: Along) -> Step:
         h, tableau = interval.end - interval.start, self.method.tableau

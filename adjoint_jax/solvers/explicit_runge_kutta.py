@@ -1,8 +1,7 @@
 """One step of an explicit Runge-Kutta method, and its transpose."""
 
-import itertools
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import equinox as eqx
 import jax
@@ -20,8 +19,32 @@ from adjoint_jax.solvers.solver import AbstractSolver, Pullback, Step, StepOutpu
 from adjoint_jax.solvers.tableau import ButcherTableau, padded
 from adjoint_jax.tree import Arrays, Scalar
 
-Said = TypeVar("Said")
 Carry = TypeVar("Carry")
+
+
+class Stage(NamedTuple):
+    """What is evaluated at a stage: k_i, and what else a method notes of the field there."""
+
+    slope: Arrays
+    noted: Any = ()
+
+
+class Gather(NamedTuple):
+    """How what the stages of a step say of dJ/dparameters is gathered: all at once, or from a beginning on, one stage after
+    the other."""
+
+    together: Callable[[list[Any]], Any]
+    begun: Callable[[], Any]
+    entered: Callable[[Any, Array, Any], Any]
+
+
+def summed(problem: Problem) -> Gather:
+    """The sum of derivatives."""
+    return Gather(
+        together=lambda gradients: tree.add(*reversed(gradients)),
+        begun=lambda: tree.zeros_like(problem.parameters),
+        entered=lambda so_far, _, gradient: tree.add(so_far, gradient),
+    )
 
 
 class ExplicitRungeKutta(AbstractSolver):
@@ -69,8 +92,12 @@ class ExplicitRungeKutta(AbstractSolver):
         return {i for i in needed if i < tableau.stages}
 
     def step(self, problem: Problem, interval: Interval, state: Arrays, first: Arrays | None) -> Step:
-        known = [] if first is None else [first]
-        return self.step_of(interval, state, self._stages(problem, interval, state, known, self.tableau.stages))
+        known = [] if first is None else [Stage(first)]
+        return self.step_of(interval, state, self.stages(problem, interval, state, known, self.tableau.stages)[0])
+
+    def evaluated(self, problem: Problem, t: Scalar, y: Arrays) -> Stage:
+        """What is evaluated at a stage."""
+        return Stage(problem.field(t, y))
 
     def step_of(self, interval: Interval, y: Arrays, stages: Sequence[Arrays]) -> Step:
         """The step from y, of which all stages are known."""
@@ -83,7 +110,7 @@ class ExplicitRungeKutta(AbstractSolver):
             error=None if b_error is None else tree.scale(h, tree.weighted_sum(b_error, stages)),
         )
 
-    def last_stage(self, step: Step) -> Arrays:
+    def handed_on(self, step: Step) -> Any:
         return step.stages[self.tableau.stages - 1]
 
     def blank_step(self, t: Scalar, state: Arrays) -> Step:
@@ -92,7 +119,8 @@ class ExplicitRungeKutta(AbstractSolver):
 
     def with_dense_stages(self, problem: Problem, step: Step) -> Step:
         count = self.tableau.stages + self.extra_stages
-        return step._replace(stages=tuple(self._stages(problem, step.interval, step.before, step.stages, count)))
+        known = [Stage(slope) for slope in step.stages]
+        return step._replace(stages=tuple(self.stages(problem, step.interval, step.before, known, count)[0]))
 
     def interpolant(self, step: Step) -> Interpolant:
         h = step.interval.end - step.interval.start
@@ -133,33 +161,49 @@ class ExplicitRungeKutta(AbstractSolver):
         count = self.stages_that_matter(interpolated=cotangent.coefficients is not None)
         if self._is_written_out(problem, count):
             pullbacks = self._linearised(problem, interval, state, count)
-            return summed(self.transposed_from_pullbacks(problem, interval, pullbacks, cotangent))
-        return self._transposed_in_a_loop(problem, interval, self._stage_states(problem, interval, state, count), cotangent)
+            return self._transposed(problem, interval, pullbacks, cotangent, summed(problem))
+        states = self._stage_states(problem, interval, state, count)
+        return self._transposed_from_states(problem, interval, states, cotangent)
 
     def transposed_from_stages(
         self, problem: Problem, interval: Interval, state: Arrays, stages: tuple[Arrays, ...], cotangent: StepOutputs
     ) -> tuple[Arrays, Parameters]:
         """`transposed_step`, where the stages that matter are known."""
         states = self._states_from_stages(interval, state, stages)
-        if self._is_written_out(problem, len(stages)):
-            pullbacks = map(in_stored_halves(problem), self.pullbacks(problem, interval, state, stages))
-            return summed(self.transposed_from_pullbacks(problem, interval, list(pullbacks), cotangent))
-        return self._transposed_in_a_loop(problem, interval, tree.stack(states), cotangent)
+        if not self._is_written_out(problem, len(stages)):
+            return self._transposed_from_states(problem, interval, tree.stack(states), cotangent)
+        in_halves, pairs = in_stored_halves(problem), zip(self._nodes, states, strict=False)
+        pullbacks = [in_halves(pullback_at(problem, stage_time(interval, node), y)[1]) for node, y in pairs]
+        return self._transposed(problem, interval, pullbacks, cotangent, summed(problem))
 
-    def transposed_from_pullbacks(
+    def transposed_from_linearisations(
         self,
         problem: Problem,
         interval: Interval,
-        pullbacks: Sequence[Callable[[Rates], tuple[Arrays, Said]]],
+        count: int,
+        pullback: Callable[[int | Array], Callable[[Rates], tuple[Arrays, Any]]],
         cotangent: StepOutputs,
-    ) -> tuple[Arrays, list[Said]]:
-        """`transposed_step`, where the linearisations of the stages that matter are known, with what each says of
-        dJ/dparameters."""
+        gather: Gather,
+    ) -> tuple[Arrays, Any]:
+        """`transposed_step`, where the linearisations of so many stages are known, all that matter, with what is gathered
+        from what they say of dJ/dparameters."""
+        if self.is_long(problem):
+            return self._transposed_in_a_loop(problem, interval, count, pullback, cotangent, gather)
+        return self._transposed(problem, interval, [pullback(i) for i in range(count)], cotangent, gather)
+
+    def _transposed(
+        self,
+        problem: Problem,
+        interval: Interval,
+        pullbacks: Sequence[Callable[[Rates], tuple[Arrays, Any]]],
+        cotangent: StepOutputs,
+        gather: Gather,
+    ) -> tuple[Arrays, Any]:
         tableau, h, count = self.tableau, interval.end - interval.start, len(pullbacks)
         rows, b = tableau.a + tableau.dense_a, tableau.b + (0.0,) * self.extra_stages
         of_powers, stored = cotangent.coefficients or [], problem.stored
         mu: list[Arrays] = []
-        said: list[Said] = []
+        said: list[Any] = []
         for i in reversed(range(count)):
             weights = (b[i], *(rows[j][i] for j in reversed(range(i + 1, count))))
             dense = tableau.dense[i][: len(of_powers)]
@@ -168,19 +212,10 @@ class ExplicitRungeKutta(AbstractSolver):
             mu_i, said_i = pullbacks[i](Rates(kappa, of_cost))
             mu.append(stored(mu_i))
             said.append(said_i)
-        return tree.add(cotangent.after, cotangent.y0, *mu), said[::-1]
-
-    def pullbacks(
-        self, problem: Problem, interval: Interval, state: Arrays, stages: tuple[Arrays, ...], first: int = 0
-    ) -> list[Pullback]:
-        """The linearisations of the rates at the stages, or at those from `first` on: each maps kappa_i and h b_i g to mu_i
-        and the parameters' part."""
-        states = self._states_from_stages(interval, state, stages)
-        pairs = itertools.islice(zip(self._nodes, states, strict=False), first, None)
-        return [pullback_at(problem, stage_time(interval, node), y)[1] for node, y in pairs]
+        return tree.add(cotangent.after, cotangent.y0, *mu), gather.together(said[::-1])
 
     def _linearised(self, problem: Problem, interval: Interval, y: Arrays, count: int) -> list[Pullback]:
-        """The same where the stages are not known. One linearisation of a stage gives k_i and its pullback.
+        """The pullbacks of stages that are not known. One linearisation of a stage gives k_i and its pullback.
 
         What was stored where the step was taken is stored here, so that sums of stages are the same kernels, compiled once:
         the state; and the first stage, if it was the last one of the step before."""
@@ -204,29 +239,43 @@ class ExplicitRungeKutta(AbstractSolver):
         stages, states = self.stage_loop(interval, y, [], count - 1, evaluate, tree.buffer(count, y))
         return put(states, jnp.int32(count - 1), tree.add(y, tree.scale(h, tree.contract(last, stages))))
 
-    def _transposed_in_a_loop(
+    def _transposed_from_states(
         self, problem: Problem, interval: Interval, states: Arrays, cotangent: StepOutputs
     ) -> tuple[Arrays, Parameters]:
-        """The transposed step from Y_1, ..., Y_s, stacked."""
-        h, count = interval.end - interval.start, jax.tree.leaves(states)[0].shape[0]
-        a, b = self._matrix(count), jnp.asarray((self.tableau.b + (0.0,) * self.extra_stages)[:count])
-        dense, times = jnp.asarray(self.tableau.dense), self._times(interval, self._nodes[:count])
-        of_powers = None if cotangent.coefficients is None else tree.stack(cotangent.coefficients)
-        in_halves = in_stored_halves(problem)
+        """The transposed step from Y_1, ..., Y_s, stacked, in a loop."""
+        count, in_halves = jax.tree.leaves(states)[0].shape[0], in_stored_halves(problem)
+        times = self._times(interval, self._nodes[:count])
 
-        def reverse_stage(reversed_index: Array, carry: tuple[Arrays, Parameters]) -> tuple[Arrays, Parameters]:
+        def pullback(i: int | Array) -> Pullback:
+            return in_halves(pullback_at(problem, times[i], tree.take(states, jnp.asarray(i)))[1])
+
+        return self._transposed_in_a_loop(problem, interval, count, pullback, cotangent, summed(problem))
+
+    def _transposed_in_a_loop(
+        self,
+        problem: Problem,
+        interval: Interval,
+        count: int,
+        pullback: Callable[[int | Array], Callable[[Rates], tuple[Arrays, Any]]],
+        cotangent: StepOutputs,
+        gather: Gather,
+    ) -> tuple[Arrays, Any]:
+        h, a = interval.end - interval.start, self._matrix(count)
+        b, dense = jnp.asarray((self.tableau.b + (0.0,) * self.extra_stages)[:count]), jnp.asarray(self.tableau.dense)
+        of_powers = None if cotangent.coefficients is None else tree.stack(cotangent.coefficients)
+
+        def reverse_stage(reversed_index: Array, carry: tuple[Arrays, Any]) -> tuple[Arrays, Any]:
             i = count - 1 - reversed_index
-            mu, gradient = carry
+            mu, gathered = carry
             kappa = tree.add(tree.scale(b[i], cotangent.after), tree.contract(a[:, i], mu))
             if of_powers is not None:
                 kappa = tree.add(kappa, tree.contract(dense[i], of_powers))
-            pullback = in_halves(pullback_at(problem, times[i], tree.take(states, i))[1])
-            mu_i, gradient_i = pullback(Rates(tree.scale(h, kappa), tree.scale(h * b[i], cotangent.cost)))
-            return put(mu, i, mu_i), tree.add(gradient, gradient_i)
+            mu_i, said = pullback(i)(Rates(tree.scale(h, kappa), tree.scale(h * b[i], cotangent.cost)))
+            return put(mu, i, mu_i), gather.entered(gathered, i, said)
 
-        initial = tree.zeros_like(states), tree.zeros_like(problem.parameters)
-        mu, gradient = jax.lax.fori_loop(0, count, reverse_stage, initial)
-        return tree.add(cotangent.after, cotangent.y0, tree.map(lambda m: jnp.sum(m, axis=0), mu)), gradient
+        initial = tree.buffer(count, problem.y0), gather.begun()
+        mu, gathered = jax.lax.fori_loop(0, count, reverse_stage, initial)
+        return tree.add(cotangent.after, cotangent.y0, tree.map(lambda m: jnp.sum(m, axis=0), mu)), gathered
 
     def stages_that_matter(self, *, interpolated: bool) -> int:
         """The number of leading stages through which a cotangent can come."""
@@ -234,12 +283,13 @@ class ExplicitRungeKutta(AbstractSolver):
             return self.tableau.stages + self.extra_stages
         return max(i + 1 for i, weight in enumerate(self.tableau.b) if weight)
 
-    def is_long(self, problem: Problem, count: int) -> bool:
-        """Whether so many stages of a problem are longer than what is written out."""
+    def is_long(self, problem: Problem) -> bool:
+        """Whether steps for a problem are longer than what is written out."""
+        count = self.tableau.stages - self.reuses_last_stage
         return count > 1 and not problem.is_in_scalars and count * problem.operations > WRITTEN_OUT_OPERATIONS
 
     def _is_written_out(self, problem: Problem, count: int) -> bool:
-        if self.is_long(problem, count):
+        if self.is_long(problem):
             return False
         if count <= WRITTEN_OUT_STAGES or problem.is_in_scalars or problem.multiplies_matrices:
             return True
@@ -257,25 +307,37 @@ class ExplicitRungeKutta(AbstractSolver):
         later = (tree.add(y, tree.scale(h, tree.weighted_sum(rows[i], stages[:i]))) for i in range(1, len(stages)))
         return [y, *later]
 
-    def _stages(self, problem: Problem, interval: Interval, y: Arrays, known: Sequence[Arrays], count: int) -> list[Arrays]:
-        """k_1, ..., k_count, of which the first are known."""
-        if self.is_long(problem, count - len(known)):
+    def stages(
+        self, problem: Problem, interval: Interval, y: Arrays, known: Sequence[Stage], count: int
+    ) -> tuple[list[Arrays], Any]:
+        """k_1, ..., k_count, of which the first are known, and what is noted of each: stacked if steps are long, else in a
+        list."""
+        if self.is_long(problem):
             return self._stages_in_a_loop(problem, interval, y, known, count)
-        h, rows, stages = interval.end - interval.start, self.tableau.a + self.tableau.dense_a, list(known)
-        stored = problem.stored
+        h, rows = interval.end - interval.start, self.tableau.a + self.tableau.dense_a
+        slopes, noted, stored = [stage.slope for stage in known], [stage.noted for stage in known], problem.stored
         for i in range(len(known), count):
-            state = tree.add(y, tree.scale(h, tree.weighted_sum(rows[i], stages))) if i else y
-            stages.append(stored(problem.field(stage_time(interval, self._nodes[i]), state)))
-        return stages
+            state = tree.add(y, tree.scale(h, tree.weighted_sum(rows[i], slopes))) if i else y
+            stage = self.evaluated(problem, stage_time(interval, self._nodes[i]), state)
+            slopes.append(stored(stage.slope))
+            noted.append(stage.noted)
+        return slopes, noted
 
     def _stages_in_a_loop(
-        self, problem: Problem, interval: Interval, y: Arrays, known: Sequence[Arrays], count: int
-    ) -> list[Arrays]:
-        def evaluate(i: Array, t: Scalar, state: Arrays, nothing: tuple[()]) -> tuple[Arrays, tuple[()]]:
-            del i
-            return problem.field(t, state), nothing
+        self, problem: Problem, interval: Interval, y: Arrays, known: Sequence[Stage], count: int
+    ) -> tuple[list[Arrays], Any]:
+        def evaluate(i: Array, t: Scalar, state: Arrays, noted: Any) -> tuple[Arrays, Any]:
+            stage = self.evaluated(problem, t, state)
+            return stage.slope, put(noted, i, stage.noted)
 
-        return tree.unstack(self.stage_loop(interval, y, known, count, evaluate, ())[0], count)
+        def at_start() -> Stage:
+            return self.evaluated(problem, interval.start, y)
+
+        of_one = known[0].noted if known else jax.eval_shape(at_start).noted
+        noted = tree.stack([*(stage.noted for stage in known), *[tree.zeros_like(of_one)] * (count - len(known))])
+        slopes = [stage.slope for stage in known]
+        slopes, noted = self.stage_loop(interval, y, slopes, count, evaluate, noted)
+        return tree.unstack(slopes, count), noted
 
     def stage_loop(
         self,
@@ -301,12 +363,6 @@ class ExplicitRungeKutta(AbstractSolver):
 
     def _times(self, interval: Interval, nodes: tuple[float, ...]) -> Float[Array, " stages"]:
         return jnp.stack([stage_time(interval, node) for node in nodes])
-
-
-def summed(transposed: tuple[Arrays, list[Parameters]]) -> tuple[Arrays, Parameters]:
-    """A transposed step with the sum of what its stages say of dJ/dparameters."""
-    a, gradients = transposed
-    return a, tree.add(*reversed(gradients))
 
 
 WRITTEN_OUT_OPERATIONS = 2000

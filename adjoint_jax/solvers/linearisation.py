@@ -25,6 +25,8 @@ class Linearisation:
     The *residuals* are what the rest of it follows from by a few additions and multiplications."""
 
     def __init__(self, problem: Problem):
+        self.problem = problem
+
         def pullback(t: Scalar, y: Arrays, parameters: Parameters) -> Pullback:
             return pullback_at(problem.at(parameters), t, y)[1]
 
@@ -41,6 +43,11 @@ class Linearisation:
         results = zip(program.outvars, self.varies, strict=True)
         fixed = [*program.constvars, *program.invars[coordinates:], *(v for v, varies in results if not varies)]
         self._derivation = Derivation.of(program, fixed)
+
+    def at(self, t: Scalar, y: Arrays) -> tuple[Rates, list[Array]]:
+        """The rates at a point, and the residuals of their pullback there."""
+        rates, pullback = pullback_at(self.problem, t, y)
+        return rates, self.residuals(jax.tree.leaves(pullback))
 
     def residuals(self, leaves: Sequence[Array]) -> list[Array]:
         """Of all that a pullback keeps, what the rest follows from."""
@@ -72,8 +79,9 @@ class InHalves:
     """A pullback is linear, x -> (P x, Q x), where P x = dJ/dy is what the next stage waits for, and Q x = dJ/dparameters.
     Its second half Q = R F begins where the first has passed on F x."""
 
-    def __init__(self, problem: Problem):
-        self._linear, self._parameters = Linearisation(problem), problem.parameters
+    def __init__(self, linear: Linearisation):
+        problem = linear.problem
+        self._linear, self._parameters = linear, problem.parameters
         rates = jax.eval_shape(problem.rates, problem.t0, problem.y0)
 
         def pulled(leaves: list[Array], rates: Rates) -> tuple[Arrays, Parameters]:
@@ -153,7 +161,7 @@ def in_stored_halves(problem: Problem) -> Callable[[Pullback], Pullback]:
     whose layers come to one kernel each."""
     if not problem.multiplies_vectors:
         return lambda pullback: pullback
-    halves = InHalves(problem)
+    halves = InHalves(Linearisation(problem))
 
     def apart(pullback: Pullback) -> Pullback:
         def in_halves(cotangent: Rates) -> tuple[Arrays, Parameters]:

@@ -229,7 +229,7 @@ class ReversibleHeun(AbstractTwoSlopes):
         y1 = tree.add(y, tree.scale(h / 2, tree.add(f0, f1)))
         return Step(interval, state, Pair(y1, z1), (f0, f1), tree.scale(h / 2, _difference(f1, f0)))
 
-    def last_stage(self, step: Step) -> Arrays:
+    def handed_on(self, step: Step) -> Arrays:
         return step.stages[1]
 
     def inverse(self, problem: Problem, interval: Interval, state: Pair) -> Pair:

@@ -36,8 +36,8 @@ class Step(NamedTuple):
     iterations: Int[Array, ""] | None = None
     factor: Scalar | None = None
     """By what a method of variable order wants the step size to change, in place of the controller's own choice."""
-    taken_over: Any = None
-    """What the step before handed on, where that is more than the first stage."""
+    noted: Any = ()
+    """What else the method notes of the field at its stages."""
 
     def reached(self, accepted: Bool[Array, ""]) -> Scalar:
         """The time at which the step is left: its end, or its start if it was not accepted."""
@@ -131,17 +131,17 @@ class AbstractSolver(eqx.Module):
 
     @abc.abstractmethod
     def step(self, problem: Problem, interval: Interval, state: Arrays, first: Any) -> Step:
-        """One step over the interval. `first` is what `handed_on` makes of the field at its start, or None if that is not
-        known."""
+        """One step over the interval. `first` is what it takes over, or None if that is not known."""
 
-    def last_stage(self, step: Step) -> Arrays:
-        """The stage that the next step reuses. Only called if `reuses_last_stage`."""
-        raise NotImplementedError(step)
-
-    def handed_on(self, problem: Problem, t: Scalar, state: Arrays, slope: Arrays) -> Any:
-        """What a step from the state takes over, of which the first stage is known. Only called if `reuses_last_stage`."""
+    def taken_over(self, problem: Problem, t: Scalar, state: Arrays, slope: Arrays) -> Any:
+        """What a step from the state takes over where no step was taken before, of which the first stage is known. Only
+        called if `reuses_last_stage`."""
         del problem, t, state
         return slope
+
+    def handed_on(self, step: Step) -> Any:
+        """What a step hands on to the next: the stage that it reuses. Only called if `reuses_last_stage`."""
+        raise NotImplementedError(step)
 
     @abc.abstractmethod
     def blank_step(self, t: Scalar, state: Arrays) -> Step:
@@ -151,6 +151,10 @@ class AbstractSolver(eqx.Module):
         """The step with the stages added that only its interpolant needs."""
         del problem
         return step
+
+    def with_blank_stages(self, step: Step) -> Step:
+        """The same, with zeros in their place, where its interpolant is not wanted."""
+        return step._replace(stages=step.stages + self.extra_stages * (tree.zeros_like(step.stages[0]),))
 
     @abc.abstractmethod
     def interpolant(self, step: Step) -> Interpolant:
