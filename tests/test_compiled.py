@@ -147,20 +147,26 @@ def test_arrays_in_the_loops_over_steps_are_small(quantity, loops):
 
 
 @pytest.mark.parametrize(
-    ("controller", "solver", "bound", "loops"),
-    [(aj.PIDController(1e-6, 1e-6), aj.Tsit5(), 81, 5), (aj.FixedSteps(500), aj.RK4(), 52, 3)],
+    ("samples", "controller", "solver", "keep", "bound", "loops"),
+    [
+        ((64,), aj.PIDController(1e-6, 1e-6), aj.Tsit5(), aj.KeepStates(), 81, 5),
+        ((64,), aj.FixedSteps(500), aj.RK4(), aj.KeepStates(), 52, 3),
+        ((), aj.PIDController(1e-6, 1e-6), aj.Tsit5(), aj.KeepLinearisations(), 92, 6),
+    ],
+    ids=["adaptive", "grid", "one sample"],
 )
-def test_different_kernels_of_a_network(controller, solver, bound, loops):
+def test_different_kernels_of_a_network(samples, controller, solver, keep, bound, loops):
     """They are most of the time that a gradient takes to compile: every kernel takes as long, equal ones are compiled once.
-    So states of stages are the same where steps are taken, taken again, and transposed; and nothing is computed of which
-    nobody asks: of a loss of y1, how far a solve on a given grid came that failed, which takes a loop."""
+    So states of stages are the same where steps are taken, taken again, and transposed; what is written down of stages is
+    what was computed for them, and nothing is computed of which nobody asks: of a loss of y1, how far a solve on a given
+    grid came that failed, which takes a loop."""
+    how = {"controller": controller, "solver": solver, "adjoint": aj.DiscreteAdjoint(keep=keep)}
 
     def loss(weights):
         def field(t, y, weights):
             return jnp.tanh(y @ weights[0]) @ weights[1]
 
-        y0 = jnp.ones((64, 16))
-        return jnp.sum(aj.solve(field, 0.0, 1.0, y0, weights, controller=controller, solver=solver, throw=False).ys ** 2)
+        return jnp.sum(aj.solve(field, 0.0, 1.0, jnp.ones((*samples, 16)), weights, throw=False, **how).ys ** 2)
 
     weights = [jnp.ones((16, 48)), jnp.ones((48, 16))]
     program = Program(jax.jit(jax.grad(loss)).lower(weights).compile())
