@@ -39,6 +39,6 @@ class Length:
 
 UNOPTIMISED = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 """XLA's flags for programs whose speed does not matter: they are compiled in half the time."""
-FULL = Length("full", 5, 1, 0.03, 1.2, 10_000, 10_000, 99, "")
+FULL = Length("full", 5, 1, 0.03, 3.0, 10_000, 10_000, 99, "")
 SHORT = Length("short", 1, 1, 0.0, 0.0, 16, 100, 1, UNOPTIMISED)
 LENGTHS = {length.name: length for length in (FULL, SHORT)}
