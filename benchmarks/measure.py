@@ -212,7 +212,7 @@ def _blank(case: Case, problem: Problem, contestant: Contestant, mode: Mode) -> 
 def _described(blank: Measurement, build: Build | None, outcome: Outcome, problem: Problem, case: Case) -> Measurement:
     error = references.error(outcome.numbers, problem, case.quantity)
     if not np.isfinite(error):
-        raise ArithmeticError("The result is not finite: the solve did not reach t1 within the steps that it is allowed.")
+        raise ArithmeticError("The result is not finite: the solve or its gradient failed.")
     told = {name: float(np.sum(value)) for name, value in outcome.told.items()}
     if {"accepted", "rejected"} <= set(told) and problem.lanes is not None:
         told["largest_steps"] = float(np.max(outcome.told["accepted"] + outcome.told["rejected"]))

@@ -56,7 +56,7 @@ linearisations_rk4 = With(aj.DiscreteAdjoint(keep=aj.KeepLinearisations()), _rk4
 gauss = With(aj.GaussAdjoint(), _tsit5)
 backsolve = With(aj.BacksolveAdjoint(), _tsit5)
 backsolve_rk4 = With(aj.BacksolveAdjoint(), _rk4)
-reversible_rk4 = With(aj.ReversibleAdjoint(), aj.Reversible(_rk4))
+reversible_rk4 = With(aj.ReversibleAdjoint(), aj.Reversible(_rk4, coupling=0.9999))
 forward_mode = With(aj.ForwardMode(), _tsit5, jax.jacfwd)
 rodas5p = With(aj.DiscreteAdjoint(), _rodas5p)
 kvaerno5 = With(aj.DiscreteAdjoint(), aj.Kvaerno5())
