@@ -192,7 +192,7 @@ def saved(rates, weights, t1=40.0):
     return jnp.sum(weights * aj.solve(lotka_volterra, 0.0, t1, jnp.array([2.0, 0.5]), rates, **options).ys ** 2)
 
 
-@pytest.mark.parametrize("number", [4, 5, 11])
+@pytest.mark.parametrize("number", [4, 5, pytest.param(11, marks=[pytest.mark.slow])])
 def test_lanes_in_blocks(number, monkeypatch):
     """Of at most four, the last filled up. Every block goes its own way, and its gradient after it; in forward mode too,
     where one of both may have tangents alone."""

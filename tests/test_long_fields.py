@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hlo import Program
+from problems import HEUN_HERMITE
 
 import adjoint_jax as aj
 from adjoint_jax.diagnostics import memory_plan
@@ -19,7 +20,7 @@ CASES = {
     "adaptive": {"controller": aj.PIDController(1e-6, 1e-6)},
     "few checkpoints": {"controller": aj.PIDController(1e-6, 1e-6), "adjoint": aj.DiscreteAdjoint(checkpoints=1)},
     "rows": {"controller": aj.PIDController(1e-6, 1e-6), "saveat": aj.SaveAt(TS)},
-    "dense stages": {"controller": aj.PIDController(1e-6, 1e-6), "saveat": aj.SaveAt(TS), "solver": aj.Dopri8()},
+    "dense stages": {"controller": aj.PIDController(1e-6, 1e-6), "saveat": aj.SaveAt(TS), "solver": HEUN_HERMITE},
     "grid": {"controller": aj.FixedSteps(7), "solver": aj.RK4()},
     "stages kept": {"controller": aj.FixedSteps(7), "adjoint": aj.DiscreteAdjoint(keep=aj.KeepStages())},
     "linearisations kept": {"controller": aj.FixedSteps(7), "adjoint": aj.DiscreteAdjoint(keep=aj.KeepLinearisations())},
@@ -32,7 +33,7 @@ CASES = {
     "linearisations kept with dense stages": {
         "controller": aj.PIDController(1e-6, 1e-6),
         "saveat": aj.SaveAt(TS),
-        "solver": aj.Dopri8(),
+        "solver": HEUN_HERMITE,
         "adjoint": aj.DiscreteAdjoint(keep=aj.KeepLinearisations()),
     },
     "backsolve": {"controller": aj.PIDController(1e-6, 1e-6), "adjoint": aj.BacksolveAdjoint()},
@@ -54,6 +55,8 @@ CASES = {
         "adjoint": aj.ReversibleAdjoint(),
     },
 }
+
+LONG = ("Krylov", "mass")
 
 
 @pytest.fixture
@@ -94,7 +97,11 @@ def compare(found, expected, rtol):
 
 @pytest.mark.parametrize(
     ("case", "dtype", "rtol"),
-    [*((case, np.float64, 1e-11) for case in CASES), ("rows", np.float32, 1e-4), ("stiff", np.float32, 1e-4)],
+    [
+        *(pytest.param(case, np.float64, 1e-11, marks=[pytest.mark.slow] if case in LONG else []) for case in CASES),
+        ("rows", np.float32, 1e-4),
+        pytest.param("stiff", np.float32, 1e-4, marks=[pytest.mark.slow]),
+    ],
 )
 def test_gradients_are_those_of_steps_that_are_written_out(case, dtype, rtol, monkeypatch):
     monkeypatch.setattr(rosenbrock, "WRITTEN_OUT_OPERATIONS", 10**4)
