@@ -64,8 +64,8 @@ _EXPLANATIONS = {
     Status.REVERSE_DRIFT: (
         "The state that was recomputed backward in time has moved away from the state that was saved there: the reversed "
         "flow is unstable, or the tolerances are too loose, and the gradient would be wrong. Use InterpolatingAdjoint() or "
-        "GaussAdjoint(), give BacksolveAdjoint more save times or checkpoints, Reversible a coupling nearer to 1, or tighten "
-        "rtol and atol."
+        "GaussAdjoint(), give BacksolveAdjoint more save times or checkpoints, or Reversible a coupling nearer to 1, or "
+        "tighten rtol and atol."
     ),
 }
 

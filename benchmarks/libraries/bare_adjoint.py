@@ -2,6 +2,7 @@
 them, one to walk back. A floor of a build with a discrete adjoint: it knows nothing of failures, of lanes that have ended,
 of segments, of statistics, or of how long a first step should be."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -80,9 +81,7 @@ def adaptive(problem: Problem, quantity: Quantity) -> Program:
         def attempt(walk: Walk) -> Walk:
             h = jnp.minimum(walk.h, t1 - walk.t)
             after, slopes = tsit5_step(field, walk.t, h, walk.y, p, walk.slope)
-            error = h * weighted(TABLEAU.b_error, slopes)
-            scale = tolerance * (1 + jnp.maximum(abs(walk.y), abs(after)))
-            ratio = jnp.sqrt(jnp.mean((error / scale) ** 2))
+            ratio = error_ratio(tolerance, h * weighted(TABLEAU.b_error, slopes), walk.y, after)
             accepted = ratio <= 1
             return Walk(
                 jnp.where(accepted, walk.t + h, walk.t),
@@ -136,10 +135,21 @@ def adaptive(problem: Problem, quantity: Quantity) -> Program:
 
     solve.defvjp(forward, backward)
 
+    return telling_nothing(problem, quantity, solve)
+
+
+def telling_nothing(problem: Problem, quantity: Quantity, solve: Callable[..., Any]) -> Program:
+    """The program of a solve that keeps no statistics."""
+
     def program(y0: Any, parameters: Any, tolerance: Any) -> tuple[Any, Told]:
         return solve(y0, parameters, tolerance), {}
 
     return JaxProgram(problem, quantity, program)
+
+
+def error_ratio(tolerance: Any, error: Any, y: Any, after: Any) -> Any:
+    """The size of an error; one is what is tolerated."""
+    return jnp.sqrt(jnp.mean((error / (tolerance * (1 + jnp.maximum(abs(y), abs(after))))) ** 2))
 
 
 def tsit5_step(field: Field, t: Any, h: Any, y: Any, p: Any, slope: Any) -> tuple[Any, list[Any]]:

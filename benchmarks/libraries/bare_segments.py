@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from benchmarks.libraries.bare_adjoint import TABLEAU, Saved, tsit5_step, weighted
+from benchmarks.libraries.bare_adjoint import TABLEAU, Saved, error_ratio, telling_nothing, tsit5_step, weighted
 from benchmarks.problems import Field, Problem
-from benchmarks.programs import JaxProgram, Program, Quantity, Told
+from benchmarks.programs import Program, Quantity
 
 
 class Walk(NamedTuple):
@@ -46,7 +46,7 @@ def adaptive(problem: Problem, quantity: Quantity) -> Program:
         def attempt(walk: Walk) -> Walk:
             h = jnp.minimum(walk.h, t1 - walk.t)
             after, slopes = tsit5_step(field, walk.t, h, walk.y, p, walk.slope)
-            ratio = _ratio(tolerance, h * weighted(TABLEAU.b_error, slopes), walk.y, after)
+            ratio = error_ratio(tolerance, h * weighted(TABLEAU.b_error, slopes), walk.y, after)
             accepted, first = ratio <= 1, save.first(walk.t)
             end = jnp.where(accepted, walk.t + h, walk.t)
             return Walk(
@@ -120,20 +120,13 @@ def adaptive(problem: Problem, quantity: Quantity) -> Program:
 
     solve.defvjp(forward, backward)
 
-    def program(y0: Any, parameters: Any, tolerance: Any) -> tuple[Any, Told]:
-        return solve(y0, parameters, tolerance), {}
-
-    return JaxProgram(problem, quantity, program)
-
-
-def _ratio(tolerance: Any, error: Any, y: Any, after: Any) -> Any:
-    return jnp.sqrt(jnp.mean((error / (tolerance * (1 + jnp.maximum(abs(y), abs(after))))) ** 2))
+    return telling_nothing(problem, quantity, solve)
 
 
 def _first_size(field: Field, t0: Any, y0: Any, slope: Any, p: Any, tolerance: Any) -> Any:
     """E. Hairer, S. P. Norsett and G. Wanner, "Solving Ordinary Differential Equations I", section II.4."""
-    d0, d1 = _ratio(tolerance, y0, y0, y0), _ratio(tolerance, slope, y0, y0)
+    d0, d1 = error_ratio(tolerance, y0, y0, y0), error_ratio(tolerance, slope, y0, y0)
     h0 = jnp.where((d0 < 1e-5) | (d1 < 1e-5), 1e-6, 0.01 * d0 / d1)
-    d2 = _ratio(tolerance, field(t0 + h0, y0 + h0 * slope, p) - slope, y0, y0) / h0
+    d2 = error_ratio(tolerance, field(t0 + h0, y0 + h0 * slope, p) - slope, y0, y0) / h0
     largest = jnp.maximum(d1, d2)
     return jnp.minimum(100 * h0, jnp.where(largest <= 1e-15, jnp.maximum(1e-6, 1e-3 * h0), (0.01 / largest) ** 0.2))
